@@ -1,0 +1,1 @@
+"""Kvasir: KVCache-centric, disaggregated LLM serving."""

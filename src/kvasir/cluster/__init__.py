@@ -1,0 +1,1 @@
+"""The live bodies: pool, instance and conductor processes, and who starts them."""

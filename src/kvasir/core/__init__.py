@@ -1,0 +1,1 @@
+"""The nouns of the house: requests, block keys, events, commands, errors, units. Pure."""

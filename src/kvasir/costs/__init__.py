@@ -1,0 +1,1 @@
+"""Predicted seconds: model shapes, hardware, roofline and fitted cost models. Pure."""

@@ -1,0 +1,1 @@
+"""CPU kernels in C++, with torch fallbacks of the same meaning."""

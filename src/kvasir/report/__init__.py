@@ -1,0 +1,1 @@
+"""What happened to the requests: latency summaries, SLO attainment, tables. Pure."""

@@ -1,0 +1,1 @@
+"""The scheduler's brains: Conductor, Batcher and their policies. Pure."""

@@ -1,0 +1,1 @@
+"""Bytes: the DRAM arena and the messages that reach its owner."""

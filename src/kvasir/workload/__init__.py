@@ -1,0 +1,1 @@
+"""Traffic: trace formats, seeded synthesis, scaling. Pure."""
