@@ -1,0 +1,88 @@
+"""What the gateway needs of a cluster, and nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvasir.core.commands import Fail, Reject
+from kvasir.core.errors import ClusterError
+from kvasir.core.events import InstanceInfo, InstanceLoad
+from kvasir.core.pool_events import PoolStats
+from kvasir.core.request import FinishReason, Sampling
+from kvasir.engine.interface import ModelSpec, SampledToken
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """One prompt to be answered. `salt` keeps its KV apart from other tenants'; `stop_tokens` end the output too."""
+
+    request_id: str
+    prompt: list[int]
+    max_tokens: int
+    sampling: Sampling
+    ignore_eos: bool = False
+    stop_tokens: tuple[int, ...] = ()
+    salt: str = ""
+    tenant: str = ""
+    priority: int = 0
+
+
+@dataclass(slots=True)
+class Output:
+    """New tokens of a request, in order. `cached_tokens` comes with the first; `finish_reason` with the last."""
+
+    tokens: list[SampledToken]
+    cached_tokens: int | None = None
+    finish_reason: FinishReason | None = None
+
+
+class Rejected(ClusterError):
+    """The conductor rejected the request before any work was spent on it: HTTP 429."""
+
+    def __init__(self, reject: Reject):
+        super().__init__(reject.message)
+        self.reject = reject
+
+
+class RequestFailed(ClusterError):
+    """No instance could answer the request: HTTP 503, or an error event in a running stream."""
+
+    def __init__(self, fail: Fail):
+        super().__init__(fail.message)
+        self.fail = fail
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceStatus:
+    info: InstanceInfo
+    load: InstanceLoad
+    heartbeat_age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """A snapshot for /ready, /metrics and whoever watches."""
+
+    ready: bool
+    reason: str
+    instances: tuple[InstanceStatus, ...]
+    pools: dict[str, PoolStats]
+    counters: dict[str, float] = field(default_factory=dict)
+
+
+class Service(Protocol):
+    """A cluster as the gateway sees it."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def submit(self, submission: Submission) -> AsyncIterator[Output]:
+        """Tokens as they come. Raises Rejected before the first or RequestFailed at any time.
+
+        An async generator: closing it (`aclose`, or cancelling its reader) aborts the request and releases all that it holds.
+        """
+        ...
+
+    def status(self) -> ClusterStatus: ...

@@ -1,0 +1,157 @@
+"""What brains want done: commands, each with the decision behind it where there was a choice."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+
+class Command(Struct, frozen=True, tag=True):
+    """Something that a body must carry out."""
+
+
+class Candidate(Struct, frozen=True):
+    """One prefill instance as a policy saw it; all times are predicted seconds.
+
+    `prefix_tokens` will be in place when the prefill starts; of these, `fetch_tokens` come from `source` node.
+    """
+
+    instance: str
+    wait_s: float
+    transfer_s: float
+    prefill_s: float
+    prefix_tokens: int
+    fetch_tokens: int = 0
+    source: str | None = None
+
+    @property
+    def ttft_s(self) -> float:
+        return self.wait_s + self.transfer_s + self.prefill_s
+
+
+class Decision(Struct, frozen=True):
+    """Why a request went where it went: the log line, the metric, the answer of `explain`, the test's expectation."""
+
+    request_id: str
+    policy: str
+    reason: str
+    at_s: float
+    chosen: str | None = None
+    decode: str | None = None
+    ttft_s: float | None = None
+    tbt_s: float | None = None
+    candidates: tuple[Candidate, ...] = ()
+
+
+# --- Conductor ---------------------------------------------------------------------------------------------
+
+
+class Reject(Command, frozen=True):
+    """Early rejection: HTTP 429 with `code` (machine-readable) and Retry-After."""
+
+    request_id: str
+    code: str
+    message: str
+    retry_after_s: float
+    decision: Decision
+
+
+class Fail(Command, frozen=True):
+    """The request cannot be answered: no instance is left, or every try failed. HTTP 503."""
+
+    request_id: str
+    code: str
+    message: str
+
+
+class Prefill(Command, frozen=True):
+    """Run the prompt on `instance`; keep decoding there when `decode` is the same instance, else hand off."""
+
+    request_id: str
+    instance: str
+    decode: str
+    candidate: Candidate
+    decision: Decision
+
+
+class Decode(Command, frozen=True):
+    """Take over the request, whose KV is complete, on `instance`."""
+
+    request_id: str
+    instance: str
+    source: str
+
+
+class Cancel(Command, frozen=True):
+    """Stop working on the request on `instance` and release all that it holds."""
+
+    request_id: str
+    instance: str
+
+
+# --- Batcher -----------------------------------------------------------------------------------------------
+
+
+class Chunk(Struct, frozen=True):
+    """Tokens [start, start + length) of a sequence, to be computed in one step; `pages` cover them and all before.
+
+    `samples` is true when the chunk ends at the sequence's newest token, so that a next token is drawn.
+    """
+
+    request_id: str
+    start: int
+    length: int
+    pages: tuple[int, ...]
+    samples: bool
+
+
+class Step(Command, frozen=True):
+    """One forward pass: prefill chunks and decode tokens together."""
+
+    chunks: tuple[Chunk, ...]
+
+
+class FilledBlock(Struct, frozen=True):
+    """Block `index` of a sequence is complete in `page`."""
+
+    index: int
+    page: int
+
+
+class Publish(Command, frozen=True):
+    """These blocks of a sequence are complete: make them readable under their keys."""
+
+    request_id: str
+    blocks: tuple[FilledBlock, ...]
+
+
+class HandOff(Command, frozen=True):
+    """The sequence's prefill is complete: give its lease, with the private `pages` of its tail, to whoever decodes."""
+
+    request_id: str
+    pages: tuple[int, ...]
+
+
+class Release(Command, frozen=True):
+    """The sequence is over: release its lease; its private `pages` go back to the pool."""
+
+    request_id: str
+    pages: tuple[int, ...]
+
+
+class Preempt(Command, frozen=True):
+    """No page is left: release the sequence's lease and private `pages` and submit it again, to be recomputed."""
+
+    request_id: str
+    pages: tuple[int, ...]
+
+
+class NeedPages(Command, frozen=True):
+    """Ask the pool for `count` pages; the answer is PagesGranted."""
+
+    count: int
+
+
+class ReturnPages(Command, frozen=True):
+    """Give unused pages back to the pool."""
+
+    pages: tuple[int, ...]

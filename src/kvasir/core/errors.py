@@ -1,0 +1,71 @@
+"""Every error that Kvasir raises, in one tree.
+
+    KvasirError
+    ├── ConfigError            a flag, a config key or an environment that cannot work
+    ├── TraceError             a trace file that cannot be read
+    ├── ModelError             a checkpoint that is broken or not supported
+    ├── RequestError           a request that the API refuses (HTTP 4xx), with OpenAI's fields
+    ├── PoolError              the pool refuses an operation
+    │   ├── StaleEpoch         the caller is an earlier incarnation of its process
+    │   └── UnknownLease       the lease was released, or its owner died
+    ├── ClusterError           a process of the cluster failed or did not answer
+    │   └── DeadlineExceeded   a wait outlived its deadline
+    └── InvariantError         check() found a broken invariant: a bug of ours
+
+A message is one line: what, got, expected, remedy. Overload is not an error: it is a `Reject` command.
+"""
+
+from __future__ import annotations
+
+
+class KvasirError(Exception):
+    """The root: everything that Kvasir raises on purpose."""
+
+
+class ConfigError(KvasirError):
+    """A flag, a config key or an environment that cannot work."""
+
+
+class TraceError(KvasirError):
+    """A trace that cannot be read; the message names line and field."""
+
+
+class ModelError(KvasirError):
+    """A checkpoint that is broken, incomplete or not supported."""
+
+
+class RequestError(KvasirError):
+    """A request that the API refuses.
+
+    `status` is the HTTP status, `code` a stable machine-readable word, `param` the offending field.
+    """
+
+    def __init__(self, message: str, *, status: int = 400, code: str = "invalid_value", param: str | None = None):
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+
+
+class PoolError(KvasirError):
+    """The pool refuses an operation."""
+
+
+class StaleEpoch(PoolError):
+    """The caller is an earlier incarnation of its process; its blocks are gone."""
+
+
+class UnknownLease(PoolError):
+    """The lease was released or expired, or its owner died."""
+
+
+class ClusterError(KvasirError):
+    """A process of the cluster failed or did not answer."""
+
+
+class DeadlineExceeded(ClusterError):
+    """A wait outlived its deadline."""
+
+
+class InvariantError(KvasirError):
+    """`check()` found a broken invariant."""

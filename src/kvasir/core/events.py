@@ -1,0 +1,143 @@
+"""What happens: the events that brains take. Frozen and tagged, so one declaration serves brain, log, replay and wire."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from kvasir.core.keys import BlockKey
+from kvasir.core.request import FinishReason, Request, Role
+
+
+class Event(Struct, frozen=True, tag=True):
+    """Something that happened; the time is given beside it."""
+
+
+# --- Conductor ---------------------------------------------------------------------------------------------
+
+
+class InstanceInfo(Struct, frozen=True):
+    """An instance as it introduces itself. `kv_tokens` is how many tokens of KV its node can hold."""
+
+    id: str
+    role: Role
+    node: str
+    epoch: int
+    kv_tokens: int
+    max_batch: int
+
+
+class InstanceLoad(Struct, frozen=True):
+    """An instance's own account of its queues, sent with each heartbeat."""
+
+    waiting: int = 0
+    running: int = 0
+    waiting_tokens: int = 0
+    context_tokens: int = 0
+    free_kv_tokens: int = 0
+
+
+class Arrived(Event, frozen=True):
+    request: Request
+
+
+class PrefillDone(Event, frozen=True):
+    """The prompt's KV is complete and the first token is with the client. `cached_tokens` came from the pool."""
+
+    request_id: str
+    instance: str
+    cached_tokens: int
+
+
+class Finished(Event, frozen=True):
+    request_id: str
+    instance: str
+    reason: FinishReason
+    output_tokens: int
+
+
+class Aborted(Event, frozen=True):
+    """The client went away."""
+
+    request_id: str
+
+
+class Failed(Event, frozen=True):
+    """An instance could not carry out what it was told; the request may go elsewhere."""
+
+    request_id: str
+    instance: str
+    error: str
+
+
+class InstanceJoined(Event, frozen=True):
+    info: InstanceInfo
+
+
+class InstanceLost(Event, frozen=True):
+    instance: str
+    epoch: int
+
+
+class BlocksStored(Event, frozen=True):
+    """Blocks became readable on a node. `seq` counts a node's block events, so that a gap can be seen."""
+
+    node: str
+    seq: int
+    keys: tuple[BlockKey, ...]
+
+
+class BlocksRemoved(Event, frozen=True):
+    node: str
+    seq: int
+    keys: tuple[BlockKey, ...]
+
+
+class NodeLost(Event, frozen=True):
+    """A node's pool process is gone and with it all blocks of the node."""
+
+    node: str
+
+
+class Heartbeat(Event, frozen=True):
+    instance: str
+    epoch: int
+    load: InstanceLoad
+
+
+class Tick(Event, frozen=True):
+    """Time passed; sent at least once a second."""
+
+
+# --- Batcher -----------------------------------------------------------------------------------------------
+
+
+class Submitted(Event, frozen=True):
+    """A sequence is ready to run on this instance: `pages` hold its first `num_computed` tokens.
+
+    `num_tokens` counts the tokens known so far (the prompt, and for a handed-off sequence its first token);
+    `max_total_tokens` is where it must end; `hand_off` says that it leaves after its prefill.
+    """
+
+    request_id: str
+    num_tokens: int
+    num_computed: int
+    max_total_tokens: int
+    pages: tuple[int, ...]
+    hand_off: bool = False
+    priority: int = 0
+
+
+class StepDone(Event, frozen=True):
+    """The last Step was carried out. `finished` are the sequences whose newest token ended them."""
+
+    finished: tuple[str, ...] = ()
+
+
+class Cancelled(Event, frozen=True):
+    request_id: str
+
+
+class PagesGranted(Event, frozen=True):
+    """The pool's answer to NeedPages; may hold fewer pages than asked, or none."""
+
+    pages: tuple[int, ...]
