@@ -39,9 +39,10 @@ class KeyedSlot(Struct, frozen=True):
 
 
 class PutEnd(PoolEvent, frozen=True):
-    """Append these filled slots to the lease, in order, and publish them under their keys.
+    """Publish these filled slots under their keys; reserved ones are appended to the lease, in order, first.
 
-    A key that is published already keeps its first slot; the newcomer stays private to the lease.
+    A slot that is private to the lease already (an adopted tail) is published where it stands. A key that is published
+    already keeps its first slot; the newcomer stays private to the lease, which pins the first one as well.
     """
 
     lease: str
@@ -62,7 +63,10 @@ class LeaseBlocks(PoolEvent, frozen=True):
 
 
 class ReleaseLease(PoolEvent, frozen=True):
-    """Close the lease and free `slots` (reserved by the owner) with it. Unknown leases are ignored: releasing is idempotent."""
+    """Close the lease; its private slots, and `slots` if the owner reserved them, become free.
+
+    Unknown leases are ignored: releasing is idempotent. A lease on offer may be closed by any owner (a withdrawn hand-off).
+    """
 
     lease: str
     slots: tuple[int, ...] = ()
@@ -100,7 +104,7 @@ class Leased(PoolAnswer, frozen=True):
 
 
 class Refused(PoolAnswer, frozen=True):
-    """`code` is `stale_epoch`, `unknown_lease` or `bad_slot`; `message` one line."""
+    """Nothing was changed. `code` is `stale_epoch`, `unknown_lease`, `lease_exists` or `bad_slot`; `message` one line."""
 
     code: str
     message: str

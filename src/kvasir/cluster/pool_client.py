@@ -1,0 +1,249 @@
+"""An instance's hand on its node's pool: reserve slots, publish and lease blocks, hand leases off."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Protocol
+
+import msgspec
+
+from kvasir.cluster.pool_host import PoolHost
+from kvasir.cluster.pool_messages import OwnerAnswer, OwnerEvent, PoolCall, PoolReply
+from kvasir.cluster.wire import Channel, ZmqChannel
+from kvasir.core.errors import ClusterError, DeadlineExceeded, PoolError, StaleEpoch, UnknownLease
+from kvasir.core.keys import BlockKey
+from kvasir.core.pool_events import (
+    AdoptLease,
+    KeyedSlot,
+    LeaseBlocks,
+    Leased,
+    OfferLease,
+    OwnerJoined,
+    PutEnd,
+    PutRevoke,
+    PutStart,
+    Refused,
+    ReleaseLease,
+    Reserved,
+)
+from kvasir.engine.interface import Slots
+from kvasir.store.arena import Arena, open_arena
+
+CALL_TIMEOUT_S = 5.0
+"""The pool answers within a millisecond; a pool that is silent for so long is gone."""
+
+
+class Pool(Protocol):
+    """The pool as an instance sees it. A call that waits raises PoolError when it is refused, DeadlineExceeded when it is
+    not answered in time; a call that fails or is cancelled holds nothing. What does not wait is done in order.
+    """
+
+    async def join(self) -> Slots:
+        """Introduce this incarnation, which frees what an earlier one held, and map the arena."""
+        ...
+
+    async def reserve(self, count: int) -> tuple[int, ...]:
+        """Up to `count` slots."""
+        ...
+
+    async def lease(self, lease: str, keys: Sequence[BlockKey]) -> tuple[int, ...]:
+        """Open a lease over the longest prefix of `keys` that is here; its slots in order."""
+        ...
+
+    async def offer(self, lease: str, slots: Sequence[int], ttl_s: float) -> None:
+        """Append the reserved `slots` and let any instance adopt the lease for `ttl_s` from now."""
+        ...
+
+    async def adopt(self, lease: str) -> tuple[int, ...]:
+        """Take over a lease on offer; all its slots in order."""
+        ...
+
+    def put_end(self, lease: str, blocks: Sequence[KeyedSlot]) -> None: ...
+
+    def release(self, lease: str, slots: Sequence[int] = ()) -> None: ...
+
+    def revoke(self, slots: Sequence[int]) -> None: ...
+
+
+class PoolCaller:
+    """Implements `Pool` over anything that carries an event to the pool and brings the answer back."""
+
+    def __init__(self, owner: str, epoch: int, link: Link, clock: Callable[[], float]):
+        self._owner = owner
+        self._epoch = epoch
+        self._link = link
+        self._clock = clock
+
+    async def join(self) -> Slots:
+        arena = await self._link.join(OwnerJoined(self._owner, self._epoch))
+        return attach_slots(arena)
+
+    async def reserve(self, count: int) -> tuple[int, ...]:
+        answer = await self._link.call(PutStart(self._owner, self._epoch, count), self._undo_reserve)
+        assert isinstance(answer, Reserved), answer
+        return answer.slots
+
+    async def lease(self, lease: str, keys: Sequence[BlockKey]) -> tuple[int, ...]:
+        return await self._open(LeaseBlocks(self._owner, self._epoch, lease, tuple(keys)))
+
+    async def adopt(self, lease: str) -> tuple[int, ...]:
+        return await self._open(AdoptLease(self._owner, self._epoch, lease))
+
+    async def offer(self, lease: str, slots: Sequence[int], ttl_s: float) -> None:
+        deadline_s = self._clock() + ttl_s
+        await self._link.call(OfferLease(self._owner, self._epoch, lease, tuple(slots), deadline_s))
+
+    def put_end(self, lease: str, blocks: Sequence[KeyedSlot]) -> None:
+        self._link.tell(PutEnd(self._owner, self._epoch, lease, tuple(blocks)))
+
+    def release(self, lease: str, slots: Sequence[int] = ()) -> None:
+        self._link.tell(ReleaseLease(self._owner, self._epoch, lease, tuple(slots)))
+
+    def revoke(self, slots: Sequence[int]) -> None:
+        if slots:
+            self._link.tell(PutRevoke(self._owner, self._epoch, tuple(slots)))
+
+    async def _open(self, event: LeaseBlocks | AdoptLease) -> tuple[int, ...]:
+        answer = await self._link.call(event, self._undo_open)
+        assert isinstance(answer, Leased), answer
+        return answer.slots
+
+    def _undo_reserve(self, answer: OwnerAnswer) -> None:
+        if isinstance(answer, Reserved):
+            self.revoke(answer.slots)
+
+    def _undo_open(self, answer: OwnerAnswer) -> None:
+        if isinstance(answer, Leased):
+            self.release(answer.lease)
+
+
+Undo = Callable[[OwnerAnswer], None]
+
+
+class Link(Protocol):
+    """How events reach the pool."""
+
+    async def join(self, event: OwnerJoined) -> Arena: ...
+
+    async def call(self, event: OwnerEvent, undo: Undo | None = None) -> OwnerAnswer | None:
+        """The answer. Raises PoolError and DeadlineExceeded; an answer that comes too late is given to `undo`."""
+        ...
+
+    def tell(self, event: OwnerEvent) -> None:
+        """Without an answer, in order. Raises ClusterError when the pool takes no more."""
+        ...
+
+
+@asynccontextmanager
+async def open_pool(address: str, owner: str, epoch: int, *, timeout_s: float = CALL_TIMEOUT_S) -> AsyncIterator[Pool]:
+    """The pool whose process listens at `address`."""
+    channel: ZmqChannel[PoolReply, PoolCall] = ZmqChannel(address, owner, msgspec.msgpack.Decoder(PoolReply))
+    try:
+        async with connect_pool(channel, owner, epoch, timeout_s=timeout_s) as pool:
+            yield pool
+    finally:
+        channel.close()
+
+
+@asynccontextmanager
+async def connect_pool(
+    channel: Channel[PoolReply, PoolCall], owner: str, epoch: int, *, timeout_s: float = CALL_TIMEOUT_S
+) -> AsyncIterator[Pool]:
+    """The pool at the other end of a channel."""
+    link = _ChannelLink(channel, timeout_s)
+    async with asyncio.TaskGroup() as tasks:
+        reader = tasks.create_task(link.read())
+        try:
+            yield PoolCaller(owner, epoch, link, asyncio.get_running_loop().time)
+        finally:
+            reader.cancel()
+
+
+def local_pool(host: PoolHost, owner: str, epoch: int, clock: Callable[[], float]) -> Pool:
+    """A pool in the same process."""
+    return PoolCaller(owner, epoch, _LocalLink(host), clock)
+
+
+def attach_slots(arena: Arena) -> Slots:
+    """The arena as an engine wants it."""
+    return Slots(arena.memory, arena.stride, arena.generations)
+
+
+class _LocalLink:
+    def __init__(self, host: PoolHost):
+        self._host = host
+
+    async def join(self, event: OwnerJoined) -> Arena:
+        _checked(self._host.handle(event))
+        return self._host.arena
+
+    async def call(self, event: OwnerEvent, undo: Undo | None = None) -> OwnerAnswer | None:
+        return _checked(self._host.handle(event))
+
+    def tell(self, event: OwnerEvent) -> None:
+        self._host.handle(event)
+
+
+class _ChannelLink:
+    def __init__(self, channel: Channel[PoolReply, PoolCall], timeout_s: float):
+        self._channel = channel
+        self._timeout_s = timeout_s
+        self._next_id = 0
+        self._waiting: dict[int, asyncio.Future[PoolReply]] = {}
+        self._late: dict[int, Undo] = {}
+        self.refused: list[Refused] = []
+
+    async def read(self) -> None:
+        """Give answers to those who wait for them; run it while the link is used."""
+        while True:
+            reply = await self._channel.recv()
+            if reply.id is None:
+                if isinstance(reply.answer, Refused):
+                    self.refused = [*self.refused[-15:], reply.answer]
+            elif (waiter := self._waiting.pop(reply.id, None)) is not None and not waiter.done():
+                waiter.set_result(reply)
+            elif (undo := self._late.pop(reply.id, None)) is not None and reply.answer is not None:
+                undo(reply.answer)
+
+    async def join(self, event: OwnerJoined) -> Arena:
+        reply = await self._ask(event, None)
+        assert reply.arena is not None, "the pool answers a join with its arena"
+        return open_arena(reply.arena)
+
+    async def call(self, event: OwnerEvent, undo: Undo | None = None) -> OwnerAnswer | None:
+        return (await self._ask(event, undo)).answer
+
+    def tell(self, event: OwnerEvent) -> None:
+        if not self._channel.send(PoolCall(event)):
+            raise ClusterError(f"the pool takes no more messages: {type(event).__name__} was not sent")
+
+    async def _ask(self, event: OwnerEvent, undo: Undo | None) -> PoolReply:
+        self._next_id += 1
+        call_id = self._next_id
+        waiter: asyncio.Future[PoolReply] = asyncio.get_running_loop().create_future()
+        self._waiting[call_id] = waiter
+        if not self._channel.send(PoolCall(event, call_id)):
+            del self._waiting[call_id]
+            raise ClusterError(f"the pool takes no more messages: {type(event).__name__} was not sent")
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                reply = await waiter
+        except TimeoutError:
+            raise DeadlineExceeded(f"the pool did not answer {type(event).__name__} within {self._timeout_s:g} s") from None
+        finally:
+            self._settle(call_id, undo)
+        _checked(reply.answer)
+        return reply
+
+    def _settle(self, call_id: int, undo: Undo | None) -> None:
+        if self._waiting.pop(call_id, None) is not None and undo is not None:
+            self._late[call_id] = undo
+
+
+def _checked(answer: OwnerAnswer | None) -> OwnerAnswer | None:
+    if not isinstance(answer, Refused):
+        return answer
+    error = {"stale_epoch": StaleEpoch, "unknown_lease": UnknownLease}.get(answer.code, PoolError)
+    raise error(answer.message)

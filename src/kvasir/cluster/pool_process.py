@@ -1,0 +1,164 @@
+"""The pool process of one node: owns the arena and the PoolNode, answers the node's instances, tells the hub what is here.
+
+python -m kvasir.cluster.pool_process --config pool.json
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from kvasir.cluster.lifeline import child_config, remove_runtime_directory, run_child
+from kvasir.cluster.messages import PoolReport, Shutdown
+from kvasir.cluster.pool_host import PoolHost
+from kvasir.cluster.pool_messages import FromPool, PoolCall, PoolReply, Resync, ToPool
+from kvasir.cluster.wire import Channel, Listener, ZmqChannel, ZmqListener
+from kvasir.core.pool_events import OwnerJoined, OwnerLost, Refused, ReleaseLease
+from kvasir.pool.node import PoolNode
+from kvasir.store.arena import create_arena
+from kvasir.store.prefault import Prefault
+
+REPORT_S = 1.0
+TICK_S = 0.1
+CHECK_S = 5.0
+
+
+class PoolConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """`listen` is where instances connect, `hub` where the hub listens, which knows this process as `name`.
+
+    `runtime_directory` is removed at the end when nobody else is left to do it; None leaves it alone.
+    """
+
+    name: str
+    node: str
+    listen: str
+    hub: str
+    num_slots: int
+    slot_bytes: int
+    runtime_directory: str | None = None
+
+
+class PoolBody:
+    """Runs until the hub says Shutdown or its task is cancelled."""
+
+    def __init__(self, host: PoolHost, node: str, *, instances: Listener[PoolCall, PoolReply], hub: Channel[ToPool, FromPool]):
+        self._host = host
+        self._node = node
+        self._instances = instances
+        self._hub = hub
+        self._flush_due = False
+        self._hello_due = True
+        self.broken_invariants = 0
+
+    async def run(self) -> None:
+        self._flush()
+        async with asyncio.TaskGroup() as tasks:
+            background = [tasks.create_task(work()) for work in (self._serve, self._tick, self._report)]
+            await self._obey()
+            for task in background:
+                task.cancel()
+
+    async def _serve(self) -> None:
+        """Answer instances. An event must carry its sender's own name."""
+        while True:
+            peer, call = await self._instances.recv()
+            event = call.event
+            if event.owner != peer:
+                _log(f"{peer} spoke in the name of {event.owner}: {type(event).__name__} ignored")
+                continue
+            answer = self._host.handle(event)
+            self._flush_soon()
+            if call.id is not None:
+                arena = self._host.arena.handle if isinstance(event, OwnerJoined) else None
+                self._instances.send(peer, PoolReply(call.id, answer, arena))
+            elif isinstance(answer, Refused):
+                _log(f"refused {type(event).__name__} of {peer}: {answer.code}: {answer.message}")
+                self._instances.send(peer, PoolReply(None, answer))
+
+    async def _obey(self) -> None:
+        """Do what the hub says until it says Shutdown."""
+        while True:
+            match await self._hub.recv():
+                case OwnerLost() | ReleaseLease() as event:
+                    self._host.handle(event)
+                    self._flush_soon()
+                case Resync():
+                    self._hello_due = True
+                    self._flush_soon()
+                case Shutdown():
+                    return
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._host.tick()
+            self._flush()
+
+    async def _report(self) -> None:
+        since_check = 0.0
+        while True:
+            self._hub.send(PoolReport(self._node, self._host.node.stats()))
+            await asyncio.sleep(REPORT_S)
+            since_check += REPORT_S
+            if since_check >= CHECK_S:
+                since_check = 0.0
+                self._check()
+
+    def _check(self) -> None:
+        error = self._host.check_if_dirty()
+        if error is not None:
+            self.broken_invariants += 1
+            _log(f"BUG, broken invariant: {error}")
+
+    def _flush_soon(self) -> None:
+        """Tell the hub at the end of this turn of the loop, so that a burst of events makes one message."""
+        if not self._flush_due and (self._host.has_changes or self._hello_due):
+            self._flush_due = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        """What the hub cannot take now is told with the next tick."""
+        self._flush_due = False
+        self._hello_due |= self._host.is_behind
+        if self._hello_due and self._hub.send(self._host.hello()):
+            self._hello_due = False
+            self._host.start_over()
+        changes = self._host.changes()
+        if changes is not None and not self._hello_due and self._hub.send(changes):
+            self._host.confirm_changes()
+
+
+async def serve(config: PoolConfig) -> None:
+    """Make the arena, open the sockets, run; all of it is gone at the end."""
+    arena = create_arena(config.num_slots, config.slot_bytes)
+    host = PoolHost(config.node, PoolNode(config.num_slots), arena, asyncio.get_running_loop().time)
+    prefault = Prefault(arena)
+    hub: ZmqChannel[ToPool, FromPool] = ZmqChannel(config.hub, config.name, msgspec.msgpack.Decoder(ToPool))
+    instances: ZmqListener[PoolCall, PoolReply] = ZmqListener(config.listen, msgspec.msgpack.Decoder(PoolCall))
+    try:
+        await PoolBody(host, config.node, instances=instances, hub=hub).run()
+    finally:
+        prefault.stop()
+        instances.close()
+        hub.close()
+
+
+def main() -> None:
+    config, lifeline = child_config(PoolConfig)
+    parent = os.getppid()
+    run_child(lambda: serve(config), lifeline)
+    if config.runtime_directory is not None and os.getppid() != parent:
+        remove_runtime_directory(Path(config.runtime_directory))
+
+
+def _log(line: str) -> None:
+    print(f"pool: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

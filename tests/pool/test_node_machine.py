@@ -1,0 +1,333 @@
+"""PoolNode against a naive model: random events of several owners, incarnations and leases, checked after each one.
+
+Keys spell out the path to their block, so the model knows every block's parent and can tell a stranded suffix.
+"""
+
+from dataclasses import dataclass, field
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from kvasir.core.pool_events import (
+    AdoptLease,
+    KeyedSlot,
+    LeaseBlocks,
+    Leased,
+    OfferLease,
+    OwnerJoined,
+    OwnerLost,
+    PoolAnswer,
+    PoolEvent,
+    PoolTick,
+    PutEnd,
+    PutRevoke,
+    PutStart,
+    Refused,
+    ReleaseLease,
+    Removed,
+    Reserved,
+    Stored,
+)
+from kvasir.pool.node import PoolNode
+
+NUM_SLOTS = 6
+OFFER_S = 3.0
+
+OWNERS = st.sampled_from(["p", "d"])
+HOLDERS = st.sampled_from([None, None, None, None, "p", "d"])  # None is whoever holds the lease
+EPOCHS = st.sampled_from([0] * 9 + [1])  # how far the sender is from the newest incarnation
+LEASES = st.sampled_from(["r0", "r1", "r2"])
+PATHS = st.sampled_from([b"aaaa", b"aabb", b"abbb", b"bbbb"])
+STRAYS = st.none() | st.integers(0, NUM_SLOTS)
+COUNTS = st.integers(0, 4)
+
+
+@dataclass
+class ModelLease:
+    """`path` is the sequence that the lease follows; `filled` blocks of it are published or duplicates of published ones."""
+
+    owner: str | None
+    path: bytes
+    slots: list[int]
+    filled: int
+    private: set[int] = field(default_factory=set)
+    deadline_s: float = 0.0
+
+    @property
+    def keys(self) -> set[bytes]:
+        """Every published key that the lease stands on."""
+        return {self.path[: i + 1] for i in range(self.filled)}
+
+
+class NodeMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.node = PoolNode(NUM_SLOTS)
+        self.now = 0.0
+        self.free = set(range(NUM_SLOTS))
+        self.epochs: dict[str, int] = {}
+        self.alive: set[str] = set()
+        self.reserved: dict[str, set[int]] = {}
+        self.published: dict[bytes, int] = {}
+        self.leases: dict[str, ModelLease] = {}
+
+    @initialize()
+    def everybody_joins(self) -> None:
+        for owner in ("p", "d"):
+            self.join(owner, 0)
+
+    # --- events ------------------------------------------------------------------------------------------------
+
+    @rule(owner=OWNERS, newer=EPOCHS)
+    def join(self, owner: str, newer: int) -> None:
+        epoch = self.epochs.get(owner, 0) + newer
+        answers = self.tell(OwnerJoined(owner, epoch))
+        known = owner in self.epochs
+        if known and newer == 0:
+            assert self.refused(answers) == ("" if owner in self.alive else "stale_epoch")
+            return
+        assert answers == []
+        self.bury(owner)
+        self.epochs[owner], self.reserved[owner] = epoch, set()
+        self.alive.add(owner)
+
+    @rule(owner=OWNERS, older=EPOCHS)
+    def lose(self, owner: str, older: int) -> None:
+        if owner not in self.epochs:
+            return
+        answers = self.tell(OwnerLost(owner, self.epochs[owner] - older))
+        assert self.refused(answers) == ("stale_epoch" if older else "")
+        if not older:
+            self.bury(owner)
+
+    @rule(owner=OWNERS, older=EPOCHS, count=COUNTS)
+    def reserve(self, owner: str, older: int, count: int) -> None:
+        answers = self.ask(PutStart(owner, self.epoch(owner, older), count))
+        if answers is None:
+            return
+        pinned = self.pinned()
+        possible = len(self.free) + len(self.published.keys() - pinned)
+        *removed, answer = answers
+        for gone in removed:
+            assert isinstance(gone, Removed)
+            assert not set(gone.keys) & pinned, "a leased block was evicted"
+            assert count > len(self.free), "evicted without need"
+            self.free |= {self.published.pop(key) for key in gone.keys}
+        assert isinstance(answer, Reserved)
+        assert len(answer.slots) == min(count, possible)
+        assert set(answer.slots) <= self.free
+        self.free -= set(answer.slots)
+        self.reserved[owner] |= set(answer.slots)
+
+    @rule(owner=OWNERS, older=EPOCHS, lease=LEASES, path=PATHS)
+    def open_lease(self, owner: str, older: int, lease: str, path: bytes) -> None:
+        keys = tuple(path[: i + 1] for i in range(len(path)))
+        answers = self.ask(LeaseBlocks(owner, self.epoch(owner, older), lease, keys))
+        if answers is None:
+            return
+        if lease in self.leases:
+            assert self.refused(answers) == "lease_exists"
+            return
+        hit = next((i for i, key in enumerate(keys) if key not in self.published), len(keys))
+        slots = [self.published[key] for key in keys[:hit]]
+        assert answers == [Leased(lease, tuple(slots))]
+        self.leases[lease] = ModelLease(owner, path, slots, hit)
+
+    @rule(holder=HOLDERS, older=EPOCHS, lease=LEASES, count=COUNTS)
+    def publish(self, holder: str | None, older: int, lease: str, count: int) -> None:
+        """The next blocks of the lease's sequence: its private tail first, then reserved slots."""
+        owner = holder or self.holder(lease)
+        held = self.leases.get(lease)
+        tail = held.slots[held.filled :] if held is not None else []
+        slots = [*tail, *sorted(self.reserved.get(owner, ()))][: min(count, len(held.path) - held.filled if held else 4)]
+        path = held.path if held is not None else b"aaaa"
+        start = held.filled if held is not None else 0
+        blocks = tuple(KeyedSlot(path[: start + i + 1], slot) for i, slot in enumerate(slots))
+        answers = self.ask(PutEnd(owner, self.epoch(owner, older), lease, blocks))
+        if answers is None:
+            return
+        if held is None or held.owner != owner:
+            assert self.refused(answers) == "unknown_lease"
+            return
+        new = tuple(block.key for block in blocks if block.key not in self.published)
+        assert answers == ([Stored(new)] if new else [])
+        for block in blocks:
+            self.put_one(held, owner, block)
+
+    def put_one(self, held: ModelLease, owner: str, block: KeyedSlot) -> None:
+        if block.slot in self.reserved[owner]:
+            self.reserved[owner].remove(block.slot)
+            held.slots.append(block.slot)
+        held.filled += 1
+        if self.published.setdefault(block.key, block.slot) == block.slot:
+            held.private.discard(block.slot)
+        else:
+            held.private.add(block.slot)
+
+    @rule(owner=OWNERS, lease=LEASES, path=PATHS, count=COUNTS)
+    def prefill(self, owner: str, lease: str, path: bytes, count: int) -> None:
+        """What an instance does all day; the single events above and below seldom make a whole of it by chance."""
+        if owner not in self.alive:
+            self.join(owner, 1)
+        if lease not in self.leases:
+            self.open_lease(owner, 0, lease, path)
+            self.reserve(owner, 0, count)
+            self.publish(owner, 0, lease, count)
+
+    @rule(lease=LEASES, tail=st.integers(1, 2))
+    def hand_off(self, lease: str, tail: int) -> None:
+        held = self.leases.get(lease)
+        if held is not None and held.owner is not None:
+            giver, taker = (held.owner, "d" if held.owner == "p" else "p")
+            self.reserve(giver, 0, tail)
+            self.offer(giver, 0, lease, tail, None)
+            self.adopt(taker, 0, lease)
+
+    @rule(owner=OWNERS, older=EPOCHS, slots=st.lists(st.integers(-1, NUM_SLOTS), max_size=3))
+    def revoke(self, owner: str, older: int, slots: list[int]) -> None:
+        answers = self.ask(PutRevoke(owner, self.epoch(owner, older), tuple(slots)))
+        if answers is None:
+            return
+        if len(set(slots)) < len(slots) or not set(slots) <= self.reserved[owner]:
+            assert self.refused(answers) == "bad_slot"
+            return
+        self.give_back(owner, slots)
+
+    @rule(holder=HOLDERS, older=EPOCHS, lease=LEASES, count=COUNTS, stray=STRAYS)
+    def release(self, holder: str | None, older: int, lease: str, count: int, stray: int | None) -> None:
+        owner = holder or self.holder(lease)
+        slots = sorted(self.reserved.get(owner, ()))[:count] + ([] if stray is None else [stray])
+        answers = self.ask(ReleaseLease(owner, self.epoch(owner, older), lease, tuple(slots)))
+        if answers is None:
+            return
+        held = self.leases.get(lease)
+        if held is not None and held.owner not in (owner, None):
+            assert self.refused(answers) == "unknown_lease"
+            return
+        if not self.givable(owner, held, slots):
+            assert self.refused(answers) == "bad_slot"
+            return
+        assert answers == []
+        self.give_back(owner, [slot for slot in slots if slot in self.reserved[owner]])
+        self.close(lease)
+
+    @rule(holder=HOLDERS, older=EPOCHS, lease=LEASES, count=COUNTS, stray=STRAYS)
+    def offer(self, holder: str | None, older: int, lease: str, count: int, stray: int | None) -> None:
+        owner = holder or self.holder(lease)
+        slots = sorted(self.reserved.get(owner, ()))[:count] + ([] if stray is None else [stray])
+        held = self.leases.get(lease)
+        if held is not None and len(held.slots) + len(slots) > len(held.path):
+            return  # a sequence has no more blocks than its path
+        answers = self.ask(OfferLease(owner, self.epoch(owner, older), lease, tuple(slots), self.now + OFFER_S))
+        if answers is None:
+            return
+        if held is None or held.owner != owner:
+            assert self.refused(answers) == "unknown_lease"
+            return
+        if not self.givable(owner, held, slots):
+            assert self.refused(answers) == "bad_slot"
+            return
+        assert answers == []
+        tail = [slot for slot in slots if slot in self.reserved[owner]]
+        self.reserved[owner] -= set(tail)
+        held.slots += tail
+        held.private |= set(tail)
+        held.owner, held.deadline_s = None, self.now + OFFER_S
+
+    @rule(owner=OWNERS, older=EPOCHS, lease=LEASES)
+    def adopt(self, owner: str, older: int, lease: str) -> None:
+        answers = self.ask(AdoptLease(owner, self.epoch(owner, older), lease))
+        if answers is None:
+            return
+        self.expire()
+        held = self.leases.get(lease)
+        if held is None or held.owner is not None:
+            assert self.refused(answers) == "unknown_lease"
+            return
+        assert answers == [Leased(lease, tuple(held.slots))]
+        held.owner = owner
+
+    @rule(seconds=st.floats(0, 2))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule()
+    def tick(self) -> None:
+        assert self.tell(PoolTick("body", 0)) == []
+        self.expire()
+
+    # --- what must always hold ---------------------------------------------------------------------------------
+
+    @invariant()
+    def nothing_is_broken(self) -> None:
+        self.node.check()
+
+    @invariant()
+    def the_node_agrees_with_the_model(self) -> None:
+        stats = self.node.stats()
+        assert stats.free == len(self.free)
+        assert stats.reserved == sum(map(len, self.reserved.values()))
+        assert stats.private == sum(len(lease.private) for lease in self.leases.values())
+        assert stats.published == len(self.published)
+        assert stats.leased == len(self.pinned())
+        assert stats.leases == len(self.leases)
+        assert stats.owners == len(self.alive)
+        assert set(self.node.inventory()) == set(self.published)
+
+    @invariant()
+    def no_suffix_is_stranded(self) -> None:
+        assert all(key[:-1] in self.published for key in self.published if len(key) > 1)
+
+    # --- the model ---------------------------------------------------------------------------------------------
+
+    def tell(self, event: PoolEvent) -> list[PoolAnswer]:
+        return self.node.handle(event, self.now)
+
+    def ask(self, event: PoolEvent) -> list[PoolAnswer] | None:
+        """The answers; None when the owner is no living incarnation, which the node must have said too."""
+        answers = self.tell(event)
+        if event.owner in self.alive and event.epoch == self.epochs[event.owner]:
+            return answers
+        assert self.refused(answers) == "stale_epoch"
+        return None
+
+    def holder(self, lease: str) -> str:
+        held = self.leases.get(lease)
+        return held.owner if held is not None and held.owner is not None else "p"
+
+    def epoch(self, owner: str, older: int) -> int:
+        return self.epochs.get(owner, 0) - older
+
+    @staticmethod
+    def refused(answers: list[PoolAnswer]) -> str:
+        return answers[0].code if answers and isinstance(answers[0], Refused) else ""
+
+    def pinned(self) -> set[bytes]:
+        return {key for lease in self.leases.values() for key in lease.keys}
+
+    def givable(self, owner: str, held: ModelLease | None, slots: list[int]) -> bool:
+        allowed = self.reserved[owner] | (held.private if held is not None else set())
+        return len(set(slots)) == len(slots) and set(slots) <= allowed
+
+    def give_back(self, owner: str, slots: list[int]) -> None:
+        self.reserved[owner] -= set(slots)
+        self.free |= set(slots)
+
+    def close(self, lease: str) -> None:
+        if lease in self.leases:
+            self.free |= self.leases.pop(lease).private
+
+    def bury(self, owner: str) -> None:
+        for lease in [name for name, held in self.leases.items() if held.owner == owner]:
+            self.close(lease)
+        self.free |= self.reserved.pop(owner, set())
+        self.alive.discard(owner)
+
+    def expire(self) -> None:
+        for lease in [n for n, held in self.leases.items() if held.owner is None and held.deadline_s <= self.now]:
+            self.close(lease)
+
+
+TestNodeMachine = NodeMachine.TestCase
+TestNodeMachine.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
