@@ -46,7 +46,11 @@ class Decision(Struct, frozen=True):
 
 
 class Reject(Command, frozen=True):
-    """Early rejection: HTTP 429 with `code` (machine-readable) and Retry-After."""
+    """Early rejection, before any work is spent: HTTP 429 with `code` (machine-readable) and Retry-After.
+
+    `code` is `queue_full`, `decode_full`, `slo_ttft` or `slo_tbt`; or `too_large`: no instance can ever hold the request,
+    so that trying again is in vain (HTTP 400, `retry_after_s` 0).
+    """
 
     request_id: str
     code: str
@@ -56,7 +60,7 @@ class Reject(Command, frozen=True):
 
 
 class Fail(Command, frozen=True):
-    """The request cannot be answered: no instance is left, or every try failed. HTTP 503."""
+    """The request cannot be answered: `no_instance` is left, or `attempts_exhausted`. HTTP 503."""
 
     request_id: str
     code: str
@@ -86,6 +90,12 @@ class Cancel(Command, frozen=True):
 
     request_id: str
     instance: str
+
+
+class Resync(Command, frozen=True):
+    """Block events of `node` were missed: ask its pool for the whole inventory, answered by the event Inventory."""
+
+    node: str
 
 
 # --- Batcher -----------------------------------------------------------------------------------------------
@@ -139,10 +149,21 @@ class Release(Command, frozen=True):
 
 
 class Preempt(Command, frozen=True):
-    """No page is left: release the sequence's lease and private `pages` and submit it again, to be recomputed."""
+    """No page is left: release the sequence's lease and private `pages` and submit it again, to be recomputed.
+
+    Carry out the rest of the command list before submitting it again: a NeedPages behind it is for the older sequences.
+    """
 
     request_id: str
     pages: tuple[int, ...]
+
+
+class Starved(Command, frozen=True):
+    """The pool had no page for the sequence for `waited_s`: release its lease and private `pages`, report Failed."""
+
+    request_id: str
+    pages: tuple[int, ...]
+    waited_s: float
 
 
 class NeedPages(Command, frozen=True):

@@ -79,7 +79,10 @@ class InstanceLost(Event, frozen=True):
 
 
 class BlocksStored(Event, frozen=True):
-    """Blocks became readable on a node. `seq` counts a node's block events, so that a gap can be seen."""
+    """Blocks became readable on a node. `seq` counts a node's block events, removals too, so that a gap can be seen.
+
+    A pool process counts from 1 (or 0); a count that starts again is a pool that started again.
+    """
 
     node: str
     seq: int
@@ -87,6 +90,14 @@ class BlocksStored(Event, frozen=True):
 
 
 class BlocksRemoved(Event, frozen=True):
+    node: str
+    seq: int
+    keys: tuple[BlockKey, ...]
+
+
+class Inventory(Event, frozen=True):
+    """All blocks that are readable on a node, as of its block event `seq`: the answer to Resync."""
+
     node: str
     seq: int
     keys: tuple[BlockKey, ...]
@@ -105,17 +116,19 @@ class Heartbeat(Event, frozen=True):
 
 
 class Tick(Event, frozen=True):
-    """Time passed; sent at least once a second."""
+    """Time passed; sent at least once a second, to the Conductor and to each Batcher that has work but no step in flight."""
 
 
 # --- Batcher -----------------------------------------------------------------------------------------------
 
 
 class Submitted(Event, frozen=True):
-    """A sequence is ready to run on this instance: `pages` hold its first `num_computed` tokens.
+    """A sequence is ready to run on this instance: `pages`, all of its lease, hold its first `num_computed` tokens.
 
-    `num_tokens` counts the tokens known so far (the prompt, and for a handed-off sequence its first token);
-    `max_total_tokens` is where it must end; `hand_off` says that it leaves after its prefill.
+    `num_tokens` counts the tokens known so far (the prompt, and for a handed-off sequence its first token); at least one is not
+    yet computed. `max_total_tokens` is where it must end; `hand_off` says that it leaves after its prefill. A last page that is
+    partly filled is the lease's own (adopted with a hand-off) and will be written; full pages never are. A higher
+    `priority` goes first.
     """
 
     request_id: str
@@ -128,7 +141,10 @@ class Submitted(Event, frozen=True):
 
 
 class StepDone(Event, frozen=True):
-    """The last Step was carried out. `finished` are the sequences whose newest token ended them."""
+    """The last Step was carried out. `finished` are the sequences whose newest token ended them.
+
+    A sequence that reached its `max_total_tokens` is over whether it is listed or not.
+    """
 
     finished: tuple[str, ...] = ()
 

@@ -1,0 +1,286 @@
+"""The brain of the cluster: admits or rejects each request, places it, and places it again when an instance dies."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from random import Random
+
+from kvasir.core import events as ev
+from kvasir.core.commands import Cancel, Command, Decision, Decode, Fail, Prefill, Reject, Resync
+from kvasir.core.errors import InvariantError
+from kvasir.core.request import Request
+from kvasir.costs.model import CostModel
+from kvasir.pool.directory import BlockDirectory
+from kvasir.scheduling.admission import Admission, Off, Refusal
+from kvasir.scheduling.fleet import Fleet, Instance
+from kvasir.scheduling.placed import Placed, State
+from kvasir.scheduling.placer import ConductorConfig, Placer, Proposal
+from kvasir.scheduling.policies.interface import Placement
+
+RequestEvent = ev.PrefillDone | ev.Finished | ev.Aborted | ev.Failed
+
+
+class Conductor:
+    """Owns request states, fleet and block directory. `now` is in seconds and never goes back.
+
+    Every request that arrives has exactly one outcome: Reject, Fail, Finished or Aborted. Events of requests that had
+    theirs, and of instances that a request has left, are counted and otherwise ignored: they were on their way.
+    """
+
+    def __init__(
+        self, config: ConductorConfig, costs: CostModel, *, policy: Placement, rng: Random, admission: Admission | None = None
+    ):
+        self._config = config
+        self._fleet = Fleet()
+        self._directory = BlockDirectory()
+        self._placer = Placer(
+            config, costs, policy=policy, admission=admission or Off(), rng=rng, fleet=self._fleet, directory=self._directory
+        )
+        self._requests: dict[str, Placed] = {}
+        self._num_prefilling = 0
+        self.counters: Counter[str] = Counter()
+
+    def handle(self, event: ev.Event, now: float) -> list[Command]:
+        """Raises InvariantError for an event that no correct body sends."""
+        match event:
+            case ev.Arrived():
+                return self._arrived(event.request, now)
+            case ev.PrefillDone() | ev.Finished() | ev.Aborted() | ev.Failed():
+                return self._request_event(event, now)
+            case ev.Heartbeat():
+                self._heartbeat(event, now)
+            case ev.BlocksStored():
+                return self._synced(event.node, self._directory.stored(event.node, event.seq, event.keys))
+            case ev.BlocksRemoved():
+                return self._synced(event.node, self._directory.removed(event.node, event.seq, event.keys))
+            case ev.Inventory():
+                self._directory.inventory(event.node, event.seq, event.keys)
+            case ev.NodeLost():
+                self._directory.drop(event.node)
+            case ev.InstanceJoined():
+                return self._instance_joined(event, now)
+            case ev.InstanceLost():
+                return self._instance_lost(event, now)
+            case ev.Tick():
+                return self._tick(now)
+            case _:
+                raise InvariantError(f"a Conductor takes no {type(event).__name__}")
+        return []
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests can be answered: an instance that prefills and one that decodes are up."""
+        return self._fleet.missing_role is None
+
+    @property
+    def missing_role(self) -> str | None:
+        """Why not ready: `prefill` or `decode`."""
+        return self._fleet.missing_role
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._requests)
+
+    @property
+    def instances(self) -> tuple[Instance, ...]:
+        """Living instances by id, to be read only."""
+        return self._fleet.instances
+
+    @property
+    def directory(self) -> BlockDirectory:
+        """To be read only."""
+        return self._directory
+
+    def placed(self, request_id: str) -> Placed | None:
+        """Where a request is, to be read only; None before its arrival and after its outcome."""
+        return self._requests.get(request_id)
+
+    def check(self) -> None:
+        """Raises InvariantError unless requests, fleet and directory agree, both ways."""
+        self._fleet.check()
+        self._directory.check()
+        num_prefilling = sum(placed.state is State.PREFILLING for placed in self._requests.values())
+        if num_prefilling != self._num_prefilling:
+            raise InvariantError(f"{self._num_prefilling} prefills counted, {num_prefilling} known")
+        for instance in self._fleet.instances:
+            seated = {request_id for request_id, placed in self._requests.items() if placed.decode == instance.info.id}
+            if seated != set(instance.seats):
+                raise InvariantError(f"{instance.info.id}: seats {sorted(instance.seats)}, decode there {sorted(seated)}")
+        lost = sorted({placed.holder for placed in self._requests.values() if placed.holder not in self._fleet})
+        if lost:
+            raise InvariantError(f"requests are held by instances that are gone: {lost}")
+
+    # --- requests ---
+
+    def _arrived(self, request: Request, now: float) -> list[Command]:
+        if request.id in self._requests:
+            raise InvariantError(f"{request.id} arrived twice: {self._requests[request.id]}")
+        self.counters["arrived"] += 1
+        if self._fleet.missing_role is not None:
+            return [self._fail(request.id, "no_instance", f"no {self._fleet.missing_role} instance is up")]
+        refusal = self._placer.refuse_outright(request, num_queued=self._num_prefilling, now=now)
+        if refusal is not None:
+            return [self._reject(request, refusal, self._placer.refused(request, refusal, now))]
+        proposal = self._placer.propose(request, now)
+        if proposal.refusal is not None:
+            return [self._reject(request, proposal.refusal, proposal.decision)]
+        return [self._start(request, proposal, now)]
+
+    def _request_event(self, event: RequestEvent, now: float) -> list[Command]:
+        placed = self._requests.get(event.request_id)
+        if placed is None:
+            self.counters["late_events"] += 1
+            return []
+        is_stale = not isinstance(event, ev.Aborted) and event.instance != placed.holder
+        handler = None if is_stale else _TABLE[placed.state, type(event)]
+        if handler is None:
+            self.counters["stale_events"] += 1
+            return []
+        return handler(self, placed, event, now)
+
+    def _prefill_done(self, placed: Placed, event: RequestEvent, now: float) -> list[Command]:
+        request = placed.request
+        if placed.decode is None and self._fleet.missing_role == "decode":
+            self._forget(placed, now)
+            return [Cancel(request.id, placed.prefill), self._fail(request.id, "no_instance", "no decode instance is left")]
+        self._prefill_over(placed, now)
+        decode = placed.decode
+        if decode is None:
+            decode = self._placer.decode_only(request, now, placed.failed_on)
+            self._sit(placed, decode)
+        placed.state = State.DECODING
+        return [Decode(request.id, decode, placed.prefill)] if placed.hands_off else []
+
+    def _finished(self, placed: Placed, event: RequestEvent, now: float) -> list[Command]:
+        self._forget(placed, now)
+        self.counters["finished"] += 1
+        return []
+
+    def _aborted(self, placed: Placed, event: RequestEvent, now: float) -> list[Command]:
+        self._forget(placed, now)
+        self.counters["aborted"] += 1
+        return [Cancel(placed.request.id, placed.holder)]
+
+    def _failed(self, placed: Placed, event: RequestEvent, now: float) -> list[Command]:
+        assert isinstance(event, ev.Failed)
+        placed.failed_on |= {event.instance}
+        return [self._place_again(placed, f"{event.instance}: {event.error}", now)]
+
+    def _place_again(self, placed: Placed, why: str, now: float) -> Command:
+        """The request was admitted and its stream may have begun, so it is not rejected any more."""
+        request = placed.request
+        self._forget(placed, now)
+        if placed.attempts >= self._config.max_attempts:
+            return self._fail(request.id, "attempts_exhausted", f"gave up after {placed.attempts} attempts; {why}")
+        if self._fleet.missing_role is not None:
+            return self._fail(request.id, "no_instance", f"no {self._fleet.missing_role} instance is left; {why}")
+        self.counters["placed_again"] += 1
+        return self._start(request, self._placer.replace(request, now, placed.failed_on), now, before=placed)
+
+    def _start(self, request: Request, proposal: Proposal, now: float, before: Placed | None = None) -> Prefill:
+        chosen, decode = proposal.choice.chosen, proposal.decode.instance
+        placed = Placed(
+            request=request,
+            state=State.PREFILLING,
+            prefill=chosen.instance,
+            decode=None,
+            hands_off=chosen.instance != decode,
+            attempts=before.attempts + 1 if before else 1,
+            failed_on=before.failed_on if before else frozenset(),
+        )
+        self._requests[request.id] = placed
+        self._num_prefilling += 1
+        self._fleet.sent(request.id, chosen, new_tokens=request.num_prompt_tokens - chosen.prefix_tokens, now=now)
+        self._sit(placed, decode)
+        return Prefill(request.id, chosen.instance, decode, chosen, proposal.decision)
+
+    def _sit(self, placed: Placed, decode: str) -> None:
+        request, placer = placed.request, self._placer
+        placed.decode = decode
+        self._fleet.sit(decode, request.id, context_tokens=placer.context_tokens(request), kv_tokens=placer.kv_tokens(request))
+
+    def _prefill_over(self, placed: Placed, now: float) -> None:
+        self._num_prefilling -= 1
+        self._fleet.done(placed.prefill, placed.request.id, now)
+
+    def _forget(self, placed: Placed, now: float) -> None:
+        """Take back all that was booked for the request."""
+        if placed.state is State.PREFILLING:
+            self._prefill_over(placed, now)
+        if placed.decode is not None:
+            self._fleet.leave(placed.decode, placed.request.id)
+        del self._requests[placed.request.id]
+
+    def _reject(self, request: Request, refusal: Refusal, decision: Decision) -> Reject:
+        self.counters[f"rejected_{refusal.code}"] += 1
+        return Reject(request.id, refusal.code, refusal.message, refusal.retry_after_s, decision)
+
+    def _fail(self, request_id: str, code: str, message: str) -> Fail:
+        self.counters[f"failed_{code}"] += 1
+        return Fail(request_id, code, message)
+
+    # --- the cluster ---
+
+    def _instance_joined(self, event: ev.InstanceJoined, now: float) -> list[Command]:
+        info = event.info
+        known = self._fleet.get(info.id)
+        if known is not None and known.info.epoch > info.epoch:
+            self.counters["stale_events"] += 1
+            return []
+        if known is not None and known.info.epoch == info.epoch:
+            self._fleet.update(info)
+            return []
+        return self._replace_instance(info.id, info, f"{info.id} started again", now)
+
+    def _instance_lost(self, event: ev.InstanceLost, now: float) -> list[Command]:
+        known = self._fleet.get(event.instance)
+        if known is None or known.info.epoch != event.epoch:
+            self.counters["stale_events"] += 1
+            return []
+        return self._replace_instance(event.instance, None, f"{event.instance} was lost", now)
+
+    def _replace_instance(self, instance: str, successor: ev.InstanceInfo | None, why: str, now: float) -> list[Command]:
+        """Place again what the instance held; what was only to decode there gets another seat when its prefill is done."""
+        touched = [placed for placed in self._requests.values() if instance in (placed.prefill, placed.decode)]
+        held = [placed for placed in touched if placed.holder == instance]
+        for placed in touched:
+            if placed.decode == instance and placed.state is State.PREFILLING:
+                placed.decode = None
+        self._fleet.lose(instance)
+        if successor is not None:
+            self._fleet.join(successor)
+        return [self._place_again(placed, why, now) for placed in held]
+
+    def _heartbeat(self, event: ev.Heartbeat, now: float) -> None:
+        known = self._fleet.get(event.instance)
+        if known is None or known.info.epoch != event.epoch:
+            self.counters["stale_events"] += 1
+            return
+        known.load = event.load
+        known.heartbeat_s = now
+        known.book.reported(event.load.waiting_tokens, sent_before_s=now - self._config.settle_s, now=now)
+
+    def _synced(self, node: str, is_new_gap: bool) -> list[Command]:
+        return [Resync(node)] if is_new_gap else []
+
+    def _tick(self, now: float) -> list[Command]:
+        for instance in self._fleet.instances:
+            expired = instance.book.expire(sent_before_s=now - self._config.prediction_ttl_s, now=now)
+            self.counters["expired_predictions"] += len(expired)
+        return [Resync(node) for node in self._directory.stale_nodes]
+
+
+_Handler = Callable[[Conductor, Placed, RequestEvent, float], list[Command]]
+
+_TABLE: dict[tuple[State, type[RequestEvent]], _Handler | None] = {
+    (State.PREFILLING, ev.PrefillDone): Conductor._prefill_done,
+    (State.PREFILLING, ev.Finished): Conductor._finished,  # one token was all it wanted
+    (State.PREFILLING, ev.Aborted): Conductor._aborted,
+    (State.PREFILLING, ev.Failed): Conductor._failed,
+    (State.DECODING, ev.PrefillDone): None,  # an earlier attempt's, on an instance that has it again
+    (State.DECODING, ev.Finished): Conductor._finished,
+    (State.DECODING, ev.Aborted): Conductor._aborted,
+    (State.DECODING, ev.Failed): Conductor._failed,
+}
+"""What happens to a request, by where it is. None: can arise by a race, is counted and ignored."""

@@ -1,0 +1,39 @@
+"""A request on its way through the cluster, as the conductor tracks it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from kvasir.core.request import Request
+
+
+class State(StrEnum):
+    """Before a request arrives, and after its outcome, the conductor knows nothing of it."""
+
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+
+
+@dataclass(slots=True, eq=False)
+class Placed:
+    """`decode` is None while its decode instance is lost and the prefill not done: the next is chosen then.
+
+    `hands_off`: the prefill instance was told to give the request away when its prompt is done.
+    """
+
+    request: Request
+    state: State
+    prefill: str
+    decode: str | None
+    hands_off: bool
+    attempts: int
+    failed_on: frozenset[str]
+
+    @property
+    def holder(self) -> str:
+        """Who works on it now."""
+        if self.state is State.PREFILLING:
+            return self.prefill
+        assert self.decode is not None, "a decoding request has a decode instance"
+        return self.decode
