@@ -1,0 +1,184 @@
+"""The embedded engine: one model, its KV in the arena, one thread that computes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import accumulate, chain
+from time import perf_counter
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvasir.core.errors import ModelError
+from kvasir.engine.interface import ModelSpec, SampledToken, SequenceSlice, Slots, StepResult
+from kvasir.engine.torch.config import DTYPES, check_rope, load_config
+from kvasir.engine.torch.device_kv import DeviceKv
+from kvasir.engine.torch.hf import HfModel
+from kvasir.engine.torch.kernels import BatchLayout, KvLayout, Ops, load_ops
+from kvasir.engine.torch.kv import KvAccess, in_place_kv
+from kvasir.engine.torch.lean import LeanModel, Progress, SampleRows, is_lean
+from kvasir.engine.torch.sampling import Draw, Sampler
+
+
+class Model(Protocol):
+    """A forward pass over a step's tokens."""
+
+    def forward(self, tokens: Tensor, batch: BatchLayout, *, kv: KvAccess, sample: SampleRows | None) -> Tensor | None:
+        """Logits [S, vocab] of the sampled rows; None without any. KV of all tokens is written."""
+
+
+class TorchEngine:
+    """`Engine` for decoder-only checkpoints. The constructor loads the model and blocks; `load` does not.
+
+    Everything is computed in one thread of the engine's own. With `low_priority` that thread, and the OpenMP workers that it
+    starts, run at SCHED_IDLE: they take what the machine's other work leaves (for prefill beside decode on the same cores).
+    `on_progress` is called from that thread. Raises ModelError for a checkpoint that cannot be served right.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        device: Literal["cpu", "cuda"] = "cpu",
+        low_priority: bool = False,
+        ops: Ops | None = None,
+        device_kv_slots: int | None = None,
+        on_progress: Progress | None = None,
+    ) -> None:
+        """`ops` overrides the kernels. `device_kv_slots` blocks are kept on the device; None on a CPU: the arena in place."""
+        self.spec = spec
+        self._device = torch.device(device)
+        self._dtype = DTYPES[spec.dtype]
+        self._layout = _layout(spec)
+        self._ops = ops or load_ops(self._device, dtype=self._dtype, head_dim=spec.shape.head_dim)
+        self._device_kv_slots = device_kv_slots
+        self._sampler = Sampler()
+        self._kv: KvAccess | None = None
+        self._num_slots = 0
+        self._thread = ThreadPoolExecutor(1, "engine", initializer=_be_idle if low_priority else None)
+        try:
+            self._model: Model | None = self._thread.submit(self._load, on_progress).result()
+        except BaseException:
+            self._thread.shutdown(wait=False)
+            raise
+
+    @classmethod
+    async def load(
+        cls,
+        spec: ModelSpec,
+        *,
+        device: Literal["cpu", "cuda"] = "cpu",
+        low_priority: bool = False,
+        on_progress: Progress | None = None,
+    ) -> TorchEngine:
+        """Construct without blocking the event loop."""
+        return await asyncio.to_thread(cls, spec, device=device, low_priority=low_priority, on_progress=on_progress)
+
+    @property
+    def kernels(self) -> str:
+        """Which kernels run and why, for the log."""
+        return f"{self._ops.name}: {self._ops.reason}"
+
+    def attach(self, slots: Slots) -> None:
+        if self._kv is not None:
+            raise RuntimeError("attach: an arena is attached already")
+        self._num_slots = len(slots.memory) // slots.stride
+        if self._device.type == "cpu" and self._device_kv_slots is None:
+            self._kv = in_place_kv(slots, self._layout)
+        else:
+            self._kv = DeviceKv(slots, self._layout, device=self._device, num_slots=self._device_kv_slots)
+
+    async def step(self, slices: Sequence[SequenceSlice]) -> StepResult:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.step_now, slices)
+
+    async def close(self) -> None:
+        """Wait for the step under way, then free the model and forget the arena."""
+        await asyncio.to_thread(self._thread.shutdown)
+        self._model = self._kv = None
+
+    def step_now(self, slices: Sequence[SequenceSlice]) -> StepResult:
+        """`step` in the calling thread, for benchmarks; `step` calls it in the engine's thread."""
+        started = perf_counter()
+        if self._model is None or self._kv is None:
+            raise RuntimeError("step: expected an open engine with an arena attached")
+        self._check(slices, self._num_slots)
+        with torch.inference_mode():
+            tables = self._kv.begin(slices)
+            try:
+                sampled = self._forward(slices, tables, model=self._model, kv=self._kv)
+            except BaseException:
+                self._kv.abort()
+                raise
+            self._kv.end()
+        return StepResult(sampled, perf_counter() - started)
+
+    def _load(self, on_progress: Progress | None) -> Model:
+        config = load_config(self.spec)
+        check_rope(config, self.spec.max_model_len)
+        kind = LeanModel if is_lean(self.spec, config) else HfModel
+        with torch.inference_mode():
+            model = kind(self.spec, config, ops=self._ops, device=self._device, on_progress=on_progress)
+        if on_progress is not None:
+            on_progress(1.0, "model loaded")
+        return model
+
+    def _check(self, slices: Sequence[SequenceSlice], num_slots: int) -> None:
+        """What the forward would not notice and would answer with foreign memory."""
+        limit = self.spec.max_model_len
+        too_long = next((s for s in slices if s.start + len(s.tokens) > limit), None)
+        if too_long is not None:
+            raise ValueError(f"step: {too_long.request_id}: expected at most {limit} tokens")
+        pages = np.fromiter(chain.from_iterable(s.pages for s in slices), dtype=np.int64)
+        if len(pages) and (pages.min() < 0 or pages.max() >= num_slots):
+            raise ValueError(f"step: expected pages in 0..{num_slots - 1}, got {pages.min()} to {pages.max()}")
+
+    def _forward(
+        self, slices: Sequence[SequenceSlice], tables: Sequence[Sequence[int]], *, model: Model, kv: KvAccess
+    ) -> dict[str, SampledToken]:
+        batch = self._batch(slices, tables)
+        ids = np.concatenate([np.asarray(s.tokens, dtype=np.int64) for s in slices])
+        sample = self._sample_rows(slices, tables, batch)
+        logits = model.forward(torch.from_numpy(ids).to(self._device), batch, kv=kv, sample=sample)
+        if logits is None:
+            return {}
+        draws = [Draw(s.request_id, s.sampling, s.start + len(s.tokens)) for s in slices if s.sampling is not None]
+        tokens = self._sampler.sample(logits, draws)
+        return {draw.request_id: token for draw, token in zip(draws, tokens, strict=True)}
+
+    def _batch(self, slices: Sequence[SequenceSlice], tables: Sequence[Sequence[int]]) -> BatchLayout:
+        lens = [len(s.tokens) for s in slices]
+        contexts = [s.start + n for s, n in zip(slices, lens, strict=True)]
+        return BatchLayout.build(lens, contexts, block_tables=tables, block_tokens=self.spec.block_tokens, device=self._device)
+
+    def _sample_rows(
+        self, slices: Sequence[SequenceSlice], tables: Sequence[Sequence[int]], batch: BatchLayout
+    ) -> SampleRows | None:
+        ends = accumulate(len(s.tokens) for s in slices)
+        rows = [end - 1 for end, s in zip(ends, slices, strict=True) if s.sampling is not None]
+        if not rows:
+            return None
+        if len(rows) < batch.num_tokens:
+            last = [replace(s, tokens=s.tokens[-1:], start=s.start + len(s.tokens) - 1) for s in slices]
+            wanted = [i for i, s in enumerate(slices) if s.sampling is not None]
+            batch = self._batch([last[i] for i in wanted], [tables[i] for i in wanted])
+        return SampleRows(torch.tensor(rows, device=self._device), batch)
+
+
+def _layout(spec: ModelSpec) -> KvLayout:
+    shape = spec.shape
+    try:
+        return KvLayout(shape.num_layers, shape.num_kv_heads, shape.head_dim, spec.block_tokens, DTYPES[spec.dtype])
+    except ValueError as error:
+        raise ModelError(f"model {spec.path}: {error}") from None
+
+
+def _be_idle() -> None:
+    """Give this thread, and the threads it will start, only the time that nothing else wants (Linux)."""
+    os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))

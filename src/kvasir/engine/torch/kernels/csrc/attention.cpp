@@ -1,0 +1,333 @@
+// Causal attention over the blocks of the arena in place: flash-style tiles, online softmax in float32.
+//
+// Work is cut into items: one KV head of one sequence, a tile of its queries, a range of its keys.
+//
+//     rows of an item      query 0 head 0, query 0 head 1, ... query 1 head 0, ...   all query heads of the KV head
+//     keys of an item      [begin, end), walked kTileKeys at a time
+//
+// Only a lone query tile (decode) has its keys cut into several items, kSplitKeys each, whatever the number of
+// threads; their results are merged afterwards. Longest items come first, so that the cores finish together.
+#include <algorithm>
+#include <vector>
+
+#include "batch.h"
+#include "vec.h"
+
+namespace kvasir {
+namespace {
+
+constexpr int kMaxHeadDim = 256;
+constexpr int kTileRows = 96;
+constexpr int kTileKeys = 512;
+constexpr int kSplitKeys = 1024;
+constexpr float kHidden = -1e30f;     // a score that no key has: finite, so that differences of two are numbers
+constexpr float kNoKeyYet = -1e20f;   // a maximum below this is of hidden keys only
+
+struct Shape {
+    LayerKv kv;
+    int heads, group;  // group: query heads of one KV head
+    int window;        // keys that a query sees at most, itself included; 0: all
+    float scale_log2;  // > 0; softmax(scale * s) is proportional to 2^(scale_log2 * s - max)
+};
+
+struct Item {
+    int seq, kv_head;
+    int first_head, num_heads;  // of the group
+    int first_query, num_queries, first_position;
+    int begin, end;  // keys; begin is the start of a block
+    int partial;     // where an item with a part of the keys leaves its sums; -1: it has all keys, and writes the output
+};
+
+struct Merge {
+    Item whole;
+    int first_partial, num_partials;
+};
+
+// Running softmax of one row: sum of exp2(s - max) * v so far, and of exp2(s - max).
+struct Running {
+    float max, sum;
+};
+
+template <class E> struct Scratch {
+    static constexpr int kQueryStride = kMaxHeadDim / E::pair + 8;  // units; off a power of two for the cache's sets
+    static constexpr int kWeightStride = kTileKeys / E::pair;
+    alignas(64) unit queries[kTileRows * kQueryStride];
+    alignas(64) float out[kTileRows * kMaxHeadDim];
+    alignas(64) float scores[kMaxRows * kTileKeys];
+    alignas(64) unit weights[kMaxRows * kWeightStride];
+    Running running[kTileRows];
+    const unit* keys[kTileKeys / kLanes];    // of each 16 tokens of the tile
+    const unit* values[kTileKeys / kLanes];
+};
+
+// scores[r][0 .. 16 * columns) = q.k of `R` rows against the tile's keys, 16 in a column.
+template <class E, int R> void score_rows(Scratch<E>& s, const Shape& shape, const unit* queries, int columns) {
+    const int units = shape.kv.head_dim / E::pair, block_tokens = shape.kv.block_tokens;
+    auto tile = [&](int column, auto size) {
+        constexpr int C = decltype(size)::value;
+        const unit* keys[C];
+        UNROLL for (int c = 0; c < C; c++) keys[c] = s.keys[column + c];
+        vf acc[R][C] = {};
+        multiply<E, R, C>(acc, queries, Scratch<E>::kQueryStride, keys, block_tokens, units);
+        float* scores = s.scores + column * kLanes;
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int c = 0; c < C; c++) store(scores + r * kTileKeys + c * kLanes, acc[r][c]);
+    };
+    int column = 0;
+    for (; column + kMaxCols <= columns; column += kMaxCols) tile(column, Size<kMaxCols>{});
+    if (column < columns) with_size<kMaxCols>(columns - column, [&](auto size) { tile(column, size); });
+}
+
+// Hide all but the keys [low, high) of a row.
+inline void hide(float* row, int columns, int low, int high) {
+    vi lane;
+    for (int i = 0; i < kLanes; i++) lane[i] = i;
+    for (int c = 0; c < columns; c++) {
+        vi key = lane + c * kLanes;
+        vf score = load<vf>(row + c * kLanes);
+        vi is_seen = (key >= low) & (key < high);
+        store(row + c * kLanes, is_seen ? score : splat(kHidden));
+    }
+}
+
+// Softmax weights of one row over the tile, relative to the running maximum; returns what the sums so far shrink by.
+template <class E> float weigh_row(const float* row, int columns, float scale, unit* weights_,
+                                   Running& running) {
+    auto weights = (typename E::scalar*)weights_;
+    vf top = load<vf>(row);
+    for (int c = 1; c < columns; c++) top = max(top, load<vf>(row + c * kLanes));
+    const float new_max = std::max(running.max, max_of(top) * scale);
+    const float reference = new_max < kNoKeyYet ? 0.0f : new_max;
+    vf sum = {};
+    for (int c = 0; c < columns; c++) {
+        vf weight = exp2<E::exp2_degree>(load<vf>(row + c * kLanes) * scale - reference);
+        sum += weight;
+        E::store16(weights + c * kLanes, weight);
+    }
+    const float shrink = running.max == new_max ? 1.0f : exp2<6>(splat(running.max - reference))[0];
+    running.sum = running.sum * shrink + sum_of(sum);
+    running.max = new_max;
+    return shrink;
+}
+
+// out[r] = out[r] * shrink[r] + weights . V over the first `tokens` tokens of the tile.
+template <class E, int R> void mix_rows(Scratch<E>& s, const Shape& shape, float* out, const float* shrink, int tokens) {
+    constexpr int kStep = kLanes / E::pair;  // units of 16 tokens
+    const int dim = shape.kv.head_dim;
+    auto tile = [&](int first, auto size) {
+        constexpr int C = decltype(size)::value;
+        vf acc[R][C];
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int c = 0; c < C; c++) acc[r][c] = load<vf>(out + r * kMaxHeadDim + first + c * kLanes) * shrink[r];
+        for (int t = 0; t < tokens; t += kLanes) {
+            const unit* values[C];
+            UNROLL for (int c = 0; c < C; c++) values[c] = s.values[t / kLanes] + first + c * kLanes;
+            const unit* weights = s.weights + t / kLanes * kStep;
+            const int whole = std::min(kLanes, tokens - t) / E::pair;
+            multiply<E, R, C>(acc, weights, Scratch<E>::kWeightStride, values, dim, whole);
+            if (E::pair == 2 && tokens - t < kLanes && (tokens & 1)) {
+                // the last pair's second token does not exist yet: its bytes may be anything, and 0 * NaN is NaN
+                UNROLL for (int r = 0; r < R; r++)
+                    UNROLL for (int c = 0; c < C; c++) {
+                        vu value = load<vu>(values[c] + (int64_t)whole * dim) & 0xffffu;
+                        acc[r][c] = E::multiply_add(acc[r][c], vu{} + weights[r * Scratch<E>::kWeightStride + whole], value);
+                    }
+            }
+        }
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int c = 0; c < C; c++) store(out + r * kMaxHeadDim + first + c * kLanes, acc[r][c]);
+    };
+    int first = 0;
+    for (; first + kMaxCols * kLanes <= dim; first += kMaxCols * kLanes) tile(first, Size<kMaxCols>{});
+    if (first < dim) with_size<kMaxCols>((dim - first) / kLanes, [&](auto size) { tile(first, size); });
+}
+
+// R rows from `row` on, against the tile's keys [start, start + num_keys).
+template <class E, int R> void attend_rows(Scratch<E>& s, const Shape& shape, const Item& item, int row, int start,
+                                           int num_keys) {
+    const int last_position = item.first_position + (row + R - 1) / item.num_heads;
+    num_keys = std::min(num_keys, last_position + 1 - start);
+    if (num_keys <= 0) return;
+    const int columns = (num_keys + kLanes - 1) / kLanes;
+    score_rows<E, R>(s, shape, s.queries + row * Scratch<E>::kQueryStride, columns);
+    float shrink[R];
+    for (int r = 0; r < R; r++) {
+        const int position = item.first_position + (row + r) / item.num_heads;
+        const int high = std::min(num_keys, position + 1 - start);
+        const int low = shape.window ? std::max(0, position + 1 - shape.window - start) : 0;
+        float* scores = s.scores + r * kTileKeys;
+        if (low > 0 || high < columns * kLanes) hide(scores, columns, low, high);
+        shrink[r] = weigh_row<E>(scores, columns, shape.scale_log2, s.weights + r * Scratch<E>::kWeightStride, s.running[row + r]);
+    }
+    mix_rows<E, R>(s, shape, s.out + row * kMaxHeadDim, shrink, num_keys);
+}
+
+template <class E> void read_queries(Scratch<E>& s, const Shape& shape, const Item& item, const typename E::scalar* q) {
+    const int rows = item.num_queries * item.num_heads, dim = shape.kv.head_dim;
+    for (int r = 0; r < rows; r++) {
+        const int64_t token = item.first_query + r / item.num_heads;
+        const int head = item.kv_head * shape.group + item.first_head + r % item.num_heads;
+        memcpy(s.queries + r * Scratch<E>::kQueryStride, q + (token * shape.heads + head) * dim, dim * sizeof *q);
+        memset(s.out + r * kMaxHeadDim, 0, dim * sizeof(float));
+        s.running[r] = {kHidden, 0.0f};
+    }
+}
+
+template <class E> void attend(Scratch<E>& s, const Shape& shape, const Batch& batch, const Item& item,
+                               const typename E::scalar* q) {
+    const int rows = item.num_queries * item.num_heads, block_tokens = shape.kv.block_tokens;
+    const int32_t* table = batch.table + batch.table_start[item.seq];
+    read_queries<E>(s, shape, item, q);
+    for (int start = item.begin; start < item.end; start += kTileKeys) {
+        const int num_keys = std::min(kTileKeys, item.end - start);
+        for (int c = 0; c * kLanes < num_keys; c++) {
+            const int token = start + c * kLanes, slot = table[token / block_tokens], offset = token % block_tokens;
+            s.keys[c] = (const unit*)shape.kv.keys(slot, item.kv_head) + offset;
+            s.values[c] = (const unit*)shape.kv.values(slot, item.kv_head) + offset / E::pair * shape.kv.head_dim;
+        }
+        for (int row = 0, groups = (rows + kMaxRows - 1) / kMaxRows; row < rows; groups--) {
+            const int size = (rows - row + groups - 1) / groups;  // 7 rows are 4 and 3, not 6 and 1
+            with_size<kMaxRows>(size, [&](auto n) {
+                attend_rows<E, decltype(n)::value>(s, shape, item, row, start, num_keys);
+            });
+            row += size;
+        }
+    }
+}
+
+// [heads of the batch's tokens][head_dim] of the output where this row belongs
+inline int64_t output_row(const Shape& shape, const Item& item, int row) {
+    const int64_t token = item.first_query + row / item.num_heads;
+    return token * shape.heads + item.kv_head * shape.group + item.first_head + row % item.num_heads;
+}
+
+template <class E> void write_output(const Shape& shape, const Item& item, int row, const float* sums, float total,
+                                     typename E::scalar* out) {
+    const int dim = shape.kv.head_dim;
+    typename E::scalar* place = out + output_row(shape, item, row) * dim;
+    for (int d = 0; d < dim; d += kLanes) E::store16(place + d, load<vf>(sums + d) * (1.0f / total));
+}
+
+// A partial item's sums: [rows][head_dim] and, behind them, [rows] of Running.
+struct Partials {
+    std::vector<float> floats;
+    int64_t stride;
+    int dim;
+    float* sums(int partial) { return floats.data() + partial * stride; }
+    Running* running(int partial, int rows) { return (Running*)(sums(partial) + (int64_t)rows * dim); }
+};
+
+template <class E> void finish(Scratch<E>& s, const Shape& shape, const Item& item, Partials& partials,
+                               typename E::scalar* out) {
+    const int rows = item.num_queries * item.num_heads, dim = shape.kv.head_dim;
+    for (int r = 0; r < rows; r++) {
+        if (item.partial < 0) {
+            write_output<E>(shape, item, r, s.out + r * kMaxHeadDim, s.running[r].sum, out);
+        } else {
+            memcpy(partials.sums(item.partial) + (int64_t)r * dim, s.out + r * kMaxHeadDim, dim * sizeof(float));
+            partials.running(item.partial, rows)[r] = s.running[r];
+        }
+    }
+}
+
+template <class E> void merge(const Shape& shape, const Merge& merge, Partials& partials, typename E::scalar* out) {
+    const int rows = merge.whole.num_queries * merge.whole.num_heads, dim = shape.kv.head_dim;
+    for (int r = 0; r < rows; r++) {
+        alignas(64) float sums[kMaxHeadDim] = {};
+        float top = kHidden, total = 0;
+        for (int p = 0; p < merge.num_partials; p++)
+            top = std::max(top, partials.running(merge.first_partial + p, rows)[r].max);
+        for (int p = 0; p < merge.num_partials; p++) {
+            const Running& part = partials.running(merge.first_partial + p, rows)[r];
+            const float* part_sums = partials.sums(merge.first_partial + p) + (int64_t)r * dim;
+            const float factor = exp2<6>(splat(part.max - top))[0];
+            total += part.sum * factor;
+            for (int d = 0; d < dim; d++) sums[d] += part_sums[d] * factor;
+        }
+        write_output<E>(shape, merge.whole, r, sums, total, out);
+    }
+}
+
+struct Plan {
+    std::vector<Item> items;
+    std::vector<Merge> merges;
+    int num_partials = 0, max_rows = 0;
+};
+
+// Items of one KV head's heads [first_head, first_head + num_heads) of one sequence, last queries first.
+void plan_heads(Plan& plan, const Shape& shape, const Batch& batch, int seq, int kv_head, int first_head,
+                int num_heads) {
+    const int num_queries = batch.query_start[seq + 1] - batch.query_start[seq];
+    const int cached = batch.context_len[seq] - num_queries, block_tokens = shape.kv.block_tokens;
+    const int tile = std::max(1, kTileRows / num_heads);
+    const int split = (kSplitKeys + block_tokens - 1) / block_tokens * block_tokens;
+    for (int query = (num_queries - 1) / tile * tile; query >= 0; query -= tile) {
+        const int size = std::min(tile, num_queries - query), position = cached + query, end = position + size;
+        const int seen_from = shape.window ? std::max(0, position + 1 - shape.window) : 0;
+        const int begin = seen_from / block_tokens * block_tokens;
+        Item item{seq, kv_head, first_head, num_heads, batch.query_start[seq] + query, size, position, begin, end, -1};
+        if (num_queries > tile || end - begin <= split) {
+            plan.items.push_back(item);
+            continue;
+        }
+        plan.max_rows = std::max(plan.max_rows, size * num_heads);
+        plan.merges.push_back({item, plan.num_partials, (end - begin + split - 1) / split});
+        for (int from = begin; from < end; from += split) {
+            item.begin = from;
+            item.end = std::min(end, from + split);
+            item.partial = plan.num_partials++;
+            plan.items.push_back(item);
+        }
+    }
+}
+
+Plan make_plan(const Shape& shape, const Batch& batch) {
+    Plan plan;
+    for (int seq = 0; seq < batch.num_seqs; seq++)
+        for (int kv_head = 0; kv_head < shape.kv.kv_heads; kv_head++)
+            for (int head = 0; head < shape.group; head += kTileRows)
+                plan_heads(plan, shape, batch, seq, kv_head, head, std::min(kTileRows, shape.group - head));
+    auto work = [](const Item& i) { return (int64_t)(i.end - i.begin) * i.num_queries * i.num_heads; };
+    std::stable_sort(plan.items.begin(), plan.items.end(),
+                     [&](const Item& a, const Item& b) { return work(a) > work(b); });
+    return plan;
+}
+
+template <class E> void attention(const void* q, void* out, const Shape& shape, const Batch& batch, int threads) {
+    typedef typename E::scalar scalar;
+    Plan plan = make_plan(shape, batch);
+    const int num_items = plan.items.size(), num_merges = plan.merges.size(), dim = shape.kv.head_dim;
+    Partials partials{{}, (int64_t)plan.max_rows * (dim + 2), dim};
+    partials.floats.resize(plan.num_partials * partials.stride);
+#pragma omp parallel num_threads(std::min(threads, num_items)) if (num_items > 1)
+    {
+        static thread_local Scratch<E> scratch;
+#pragma omp for schedule(dynamic, 1)
+        for (int i = 0; i < num_items; i++) {
+            attend<E>(scratch, shape, batch, plan.items[i], (const scalar*)q);
+            finish<E>(scratch, shape, plan.items[i], partials, (scalar*)out);
+        }
+        // the barrier above stands between the partial sums and their merge
+#pragma omp for schedule(dynamic, 1)
+        for (int i = 0; i < num_merges; i++) merge<E>(shape, plan.merges[i], partials, (scalar*)out);
+    }
+}
+
+}  // namespace
+}  // namespace kvasir
+
+using namespace kvasir;
+
+// 0, or 1 when a block table names a slot outside the arena (nothing is computed then).
+extern "C" int kvasir_attention(int is_bf16, const void* q, void* out, const int32_t* ints, int num_seqs, int num_tokens,
+                                char* kv_base, int64_t slot_stride, int num_slots, int heads, int kv_heads, int head_dim,
+                                int block_tokens, float scale, int window, int threads) {
+    Batch batch(ints, num_seqs, num_tokens);
+    for (int i = 0; i < batch.table_start[num_seqs]; i++)
+        if ((unsigned)batch.table[i] >= (unsigned)num_slots) return 1;
+    int64_t head_bytes = (int64_t)head_dim * block_tokens * (is_bf16 ? 2 : 4);
+    LayerKv kv{kv_base, slot_stride, head_bytes, num_slots, kv_heads, head_dim, block_tokens};
+    Shape shape{kv, heads, heads / kv_heads, window, scale * 1.44269504f};
+    (is_bf16 ? attention<Bf16> : attention<F32>)(q, out, shape, batch, threads);
+    return 0;
+}

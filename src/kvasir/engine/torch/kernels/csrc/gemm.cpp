@@ -1,0 +1,154 @@
+// Linear layers for few tokens: each weight is read once, at the speed of memory.
+//
+//     tiled weight   [ceil(N / 64)][K / pair][64][pair]   64 outputs in lanes, read as it lies (oneDNN's own packing)
+//     plain weight   [N][K]                               K in lanes, summed across lanes at the end
+#include <algorithm>
+
+#include "vec.h"
+
+namespace kvasir {
+namespace {
+
+constexpr int kTileOutputs = 64;
+constexpr int kTileColumns = kTileOutputs / kLanes;
+constexpr int kDepth = 128;         // units of K at a time: 32 KiB of weights stay in L1 for all rows
+constexpr int kMaxTokens = 64;
+constexpr int kPlainOutputs = 4;
+
+template <class E, int R, int C> void multiply_tile(float* sums, const unit* x, int64_t x_stride, const unit* weight,
+                                                    int units) {
+    vf acc[R][C];
+    const unit* columns[C];
+    UNROLL for (int c = 0; c < C; c++) columns[c] = weight + c * kLanes;
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int c = 0; c < C; c++) acc[r][c] = load<vf>(sums + r * kTileOutputs + c * kLanes);
+    multiply<E, R, C>(acc, x, x_stride, columns, kTileOutputs, units);
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int c = 0; c < C; c++) store(sums + r * kTileOutputs + c * kLanes, acc[r][c]);
+}
+
+template <class E> void write_outputs(const float* sums, const typename E::scalar* bias, typename E::scalar* out, int n) {
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        vf v = load<vf>(sums + i);
+        E::store16(out + i, bias ? v + E::load16(bias + i) : v);
+    }
+    for (; i < n; i++) out[i] = E::narrow(sums[i] + (bias ? E::widen(bias[i]) : 0.0f));
+}
+
+// x [tokens][K], out [tokens][N], tokens <= kMaxTokens, K a multiple of the pair.
+template <class E> void linear_tiled(const void* x_, const void* weight_, const void* bias_, void* out_, int tokens, int n,
+                                     int k, int threads) {
+    typedef typename E::scalar scalar;
+    auto x = (const unit*)x_;
+    auto bias = (const scalar*)bias_;
+    auto out = (scalar*)out_;
+    const int units = k / E::pair, tiles = (n + kTileOutputs - 1) / kTileOutputs;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (tiles > 1)
+    for (int tile = 0; tile < tiles; tile++) {
+        alignas(64) float sums[kMaxTokens * kTileOutputs];
+        memset(sums, 0, sizeof(float) * tokens * kTileOutputs);
+        auto weight = (const unit*)weight_ + (int64_t)tile * units * kTileOutputs;
+        for (int depth = 0; depth < units; depth += kDepth) {
+            const int size = std::min(kDepth, units - depth);
+            const unit* part = weight + (int64_t)depth * kTileOutputs;
+            for (int row = 0, groups = (tokens + kMaxRows - 1) / kMaxRows; row < tokens; groups--) {
+                const int rows = (tokens - row + groups - 1) / groups;
+                with_size<kMaxRows>(rows, [&](auto r) {
+                    for (int c = 0; c < kTileColumns; c += kMaxCols)
+                        multiply_tile<E, decltype(r)::value, kMaxCols>(sums + row * kTileOutputs + c * kLanes,
+                                                                       x + (int64_t)row * units + depth, units,
+                                                                       part + c * kLanes, size);
+                });
+                row += rows;
+            }
+        }
+        const int first = tile * kTileOutputs, outputs = std::min(kTileOutputs, n - first);
+        for (int t = 0; t < tokens; t++)
+            write_outputs<E>(sums + t * kTileOutputs, bias ? bias + first : nullptr, out + (int64_t)t * n + first, outputs);
+    }
+}
+
+// sums[r][c] = x row r . weight row c
+template <class E, int R, int C> void dot_rows(const typename E::scalar* x, const typename E::scalar* weight, int k,
+                                               float (&sums)[R][C]) {
+    constexpr int kStep = kLanes * E::pair;
+    vf acc[R][C] = {};
+    int i = 0;
+    for (; i + kStep <= k; i += kStep) {
+        vu w[C];
+        UNROLL for (int c = 0; c < C; c++) w[c] = load<vu>(weight + (int64_t)c * k + i);
+        UNROLL for (int r = 0; r < R; r++) {
+            vu v = load<vu>(x + (int64_t)r * k + i);
+            UNROLL for (int c = 0; c < C; c++) acc[r][c] = E::multiply_add(acc[r][c], v, w[c]);
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int c = 0; c < C; c++) {
+            float sum = sum_of(acc[r][c]);
+            for (int j = i; j < k; j++) sum += E::widen(x[(int64_t)r * k + j]) * E::widen(weight[(int64_t)c * k + j]);
+            sums[r][c] = sum;
+        }
+}
+
+template <class E> void linear_plain(const void* x_, const void* weight_, const void* bias_, void* out_, int tokens, int n,
+                                     int k, int threads) {
+    typedef typename E::scalar scalar;
+    auto x = (const scalar*)x_;
+    auto weight = (const scalar*)weight_;
+    auto bias = (const scalar*)bias_;
+    auto out = (scalar*)out_;
+    const int strips = (n + kTileOutputs - 1) / kTileOutputs;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (strips > 1)
+    for (int strip = 0; strip < strips; strip++) {
+        const int end = std::min(n, (strip + 1) * kTileOutputs);
+        for (int o = strip * kTileOutputs; o < end; o += kPlainOutputs)
+            with_size<kPlainOutputs>(std::min(kPlainOutputs, end - o), [&](auto columns) {
+                constexpr int C = decltype(columns)::value;
+                for (int row = 0; row < tokens; row += kMaxRows)
+                    with_size<kMaxRows>(std::min(kMaxRows, tokens - row), [&](auto rows) {
+                        constexpr int R = decltype(rows)::value;
+                        float sums[R][C];
+                        dot_rows<E, R, C>(x + (int64_t)row * k, weight + (int64_t)o * k, k, sums);
+                        for (int r = 0; r < R; r++)
+                            for (int c = 0; c < C; c++)
+                                out[(int64_t)(row + r) * n + o + c] =
+                                    E::narrow(sums[r][c] + (bias ? E::widen(bias[o + c]) : 0.0f));
+                    });
+            });
+    }
+}
+
+// Whether `tiled` holds exactly `plain` [N][K] in the order that linear_tiled reads, zeros where N is rounded up.
+template <class E> bool is_tiled(const void* plain_, const void* tiled_, int n, int k) {
+    typedef typename E::scalar scalar;
+    auto plain = (const scalar*)plain_;
+    auto tiled = (const scalar*)tiled_;
+    bool is_same = true;
+#pragma omp parallel for reduction(&& : is_same)
+    for (int o = 0; o < n; o++) {
+        const scalar* place = tiled + (int64_t)(o / kTileOutputs) * kTileOutputs * k + o % kTileOutputs * E::pair;
+        bool is_row_same = true;
+        for (int i = 0; i < k; i++)
+            is_row_same &= memcmp(place + (int64_t)(i / E::pair) * kTileOutputs * E::pair + i % E::pair,
+                                  plain + (int64_t)o * k + i, sizeof(scalar)) == 0;
+        is_same = is_same && is_row_same;
+    }
+    return is_same;
+}
+
+}  // namespace
+}  // namespace kvasir
+
+using namespace kvasir;
+
+extern "C" void kvasir_linear(int is_bf16, int is_tiled, const void* x, const void* weight, const void* bias, void* out,
+                              int tokens, int n, int k, int threads) {
+    auto run = is_bf16 ? (is_tiled ? linear_tiled<Bf16> : linear_plain<Bf16>)
+                       : (is_tiled ? linear_tiled<F32> : linear_plain<F32>);
+    run(x, weight, bias, out, tokens, n, k, threads);
+}
+
+extern "C" int kvasir_is_tiled(int is_bf16, const void* plain, const void* tiled, int n, int k) {
+    return (is_bf16 ? is_tiled<Bf16> : is_tiled<F32>)(plain, tiled, n, k);
+}

@@ -1,0 +1,64 @@
+"""Where a forward pass finds its KV: the arena itself, or pages of a device that follow the arena."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from kvasir.engine.interface import SequenceSlice, Slots
+from kvasir.engine.torch.kernels import KvLayout, KvView
+
+
+class KvAccess(Protocol):
+    """One step's access to KV: `begin`, then for each layer `before_layer` .. `after_layer`, then `end`.
+
+    After an exception in between, `abort` instead of `end`.
+    """
+
+    @property
+    def view(self) -> KvView:
+        """What attention reads and writes."""
+
+    def begin(self, slices: Sequence[SequenceSlice]) -> list[Sequence[int]]:
+        """The slices' block tables as slot ids of `view`."""
+
+    def before_layer(self, layer: int) -> None:
+        """Cached KV of this layer is in `view` when this returns (for kernels issued from now on)."""
+
+    def after_layer(self, layer: int) -> None:
+        """The step's new KV of this layer has been written (by kernels issued so far)."""
+
+    def end(self) -> None:
+        """All new KV of the step is in the arena when this returns."""
+
+    def abort(self) -> None:
+        """The step failed: nothing that it wrote may be trusted."""
+
+
+class InPlaceKv:
+    """KV in memory that attention reads and writes where it lies; there is nothing to move."""
+
+    def __init__(self, view: KvView) -> None:
+        self.view = view
+
+    def begin(self, slices: Sequence[SequenceSlice]) -> list[Sequence[int]]:
+        return [s.pages for s in slices]
+
+    def before_layer(self, layer: int) -> None:
+        pass
+
+    def after_layer(self, layer: int) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+
+def in_place_kv(slots: Slots, layout: KvLayout) -> InPlaceKv:
+    """The CPU's way: the arena's slots themselves, mapped without a copy."""
+    return InPlaceKv(KvView(torch.from_numpy(slots.memory), layout, slots.stride))
