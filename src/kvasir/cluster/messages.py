@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 from msgspec import Struct
 
 from kvasir.core.events import InstanceInfo, InstanceLoad
@@ -17,18 +19,23 @@ class Message(Struct, frozen=True, tag=True):
 # --- hub → instance ----------------------------------------------------------------------------------------
 
 
-class RunRequest(Message, frozen=True):
-    """Run a request. `tokens` are uint32 little-endian.
+class Phase(StrEnum):
+    """What of a run an instance does."""
 
-    The first `num_prompt_tokens` are the prompt, the rest was already sent to the client (a request that moved).
-    `phase` is `prefill` (then hand off), `decode` (adopt its lease) or `both`.
+    PREFILL = "prefill"  # compute the prompt, then hand off
+    DECODE = "decode"  # adopt the run's lease
+    BOTH = "both"
+
+
+class RunRequest(Message, frozen=True):
+    """Run a request: `run` names this attempt at it, on every instance that takes part, and its lease in the pool.
+
+    `tokens` (uint32, little-endian) are the prompt and what was sent to the client before (a request that moved).
     """
 
-    request_id: str
-    attempt: int
-    phase: str
+    run: str
+    phase: Phase
     tokens: bytes
-    num_prompt_tokens: int
     max_total_tokens: int
     sampling: Sampling
     stop_tokens: tuple[int, ...]
@@ -36,9 +43,8 @@ class RunRequest(Message, frozen=True):
     priority: int = 0
 
 
-class CancelRequest(Message, frozen=True):
-    request_id: str
-    attempt: int
+class CancelRun(Message, frozen=True):
+    run: str
 
 
 class Shutdown(Message, frozen=True):
@@ -53,10 +59,9 @@ class HelloInstance(Message, frozen=True):
 
 
 class TokenOut(Struct, frozen=True):
-    """One token of one request; `top` are (token, logprob) pairs; `cached` comes with a prefill's first token."""
+    """One token of one run; `top` are (token, logprob) pairs; `cached` comes with a prefill's first token."""
 
-    request_id: str
-    attempt: int
+    run: str
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
@@ -72,16 +77,14 @@ class StepOutput(Message, frozen=True):
 
 
 class HandedOff(Message, frozen=True):
-    """The request's KV is complete and on offer in the pool."""
+    """The run's KV is complete and on offer in the pool."""
 
-    request_id: str
-    attempt: int
+    run: str
     instance: str
 
 
-class RequestError(Message, frozen=True):
-    request_id: str
-    attempt: int
+class RunFailed(Message, frozen=True):
+    run: str
     instance: str
     error: str
 
@@ -112,3 +115,16 @@ class BlocksChanged(Message, frozen=True):
 class PoolReport(Message, frozen=True):
     node: str
     stats: PoolStats
+
+
+class Progress(Message, frozen=True):
+    """How far a process is with starting: `fraction` of `what`."""
+
+    name: str
+    fraction: float
+    what: str
+
+
+ToInstance = RunRequest | CancelRun | Shutdown
+FromInstance = HelloInstance | StepOutput | HandedOff | RunFailed | InstanceReport | Progress
+FromNode = FromInstance | HelloPool | BlocksChanged | PoolReport

@@ -1,0 +1,162 @@
+"""`kvasir serve`: a disaggregated cluster on this machine, behind one OpenAI-compatible address."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from kvasir.cli.costs import load_costs
+from kvasir.cli.options import options_of, with_options
+from kvasir.cluster.config import ServeConfig, choose, load_config
+from kvasir.cluster.hub import Clock, Hub, Send
+from kvasir.cluster.local import LocalCluster
+from kvasir.cluster.messages import Progress
+from kvasir.cluster.model import model_spec
+from kvasir.core.request import Slo
+from kvasir.core.units import format_size, parse_duration
+from kvasir.costs.model import CostModel
+from kvasir.engine.interface import ModelSpec
+from kvasir.gateway.app import make_app
+from kvasir.gateway.config import GatewayConfig
+from kvasir.gateway.server import serve_http
+from kvasir.gateway.tokenizer import Tokenizer
+from kvasir.scheduling.admission import ADMISSIONS
+from kvasir.scheduling.conductor import Conductor
+from kvasir.scheduling.placer import ConductorConfig
+from kvasir.scheduling.policies import POLICIES
+from kvasir.telemetry import logs
+
+READY_DEADLINE_S = 600.0
+
+
+@with_options(options_of(ServeConfig, but=("model",)))
+def serve(
+    model: Annotated[str | None, typer.Argument(help="Checkpoint directory or name; the built-in model when left out.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="Settings as TOML; flags win over it.")] = None,
+    **flags: Any,
+) -> None:
+    """Start the KVCache pool, prefill, decode and mixed instances, the conductor and the gateway; stop them on Ctrl-C.
+
+    Without a model the small built-in one is served:
+
+        kvasir serve
+
+        kvasir serve ./Qwen3-0.6B --prefill 1 --decode 1 --dram 8GiB --slo-ttft 10s --slo-tbt 50ms
+
+        curl localhost:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "What is a tuple?"}]}'
+    """
+    asyncio.run(run_server(load_config(config, {"model": model, **flags})))
+
+
+async def run_server(config: ServeConfig) -> None:
+    """Serve until SIGINT or SIGTERM, or until the cluster cannot go on. Raises KvasirError."""
+    logs.setup(config.log_level, json=config.log_json)
+    screen = _Screen(config)
+    stop = _stop_on_signals()
+    spec = model_spec(config)
+    screen.model(spec)
+    costs = load_costs(config.profile, spec)
+    cluster = LocalCluster(config, spec, costs, _hub_maker(config, spec, costs), on_progress=screen.progress)
+    gateway = GatewayConfig(served_model_name=spec.name, api_keys=tuple(config.api_key))
+    app = make_app(cluster.hub, Tokenizer.load(spec.path), gateway)
+    async with serve_http(app, config.host, config.port) as port, cluster.running():
+        await _first_of(cluster.ready(READY_DEADLINE_S), stop.wait())
+        if not stop.is_set():
+            screen.ready(cluster, port)
+            await _first_of(cluster.wait_failed(), stop.wait())
+        screen.say("stopping")
+
+
+def _hub_maker(config: ServeConfig, spec: ModelSpec, costs: CostModel) -> Callable[[Send, Clock], Hub]:
+    slo = Slo(parse_duration(config.slo_ttft), parse_duration(config.slo_tbt))
+    conductor = Conductor(
+        ConductorConfig(
+            kv_bytes_per_token=spec.shape.kv_bytes_per_token,
+            block_tokens=spec.block_tokens,
+            max_queued=config.max_queue,
+        ),
+        costs,
+        policy=choose("policy", config.policy, POLICIES)(),
+        rng=random.Random(config.seed),
+        admission=choose("admission", config.admission, ADMISSIONS)(slo),
+    )
+
+    def make(send: Send, clock: Clock) -> Hub:
+        return Hub(spec, conductor, send=send, clock=clock, request_timeout_s=parse_duration(config.request_timeout))
+
+    return make
+
+
+def _stop_on_signals() -> asyncio.Event:
+    """Set by the first SIGINT or SIGTERM; a second one ends the process at once, and its children notice."""
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(130)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    return stop
+
+
+async def _first_of(*waits: Coroutine[Any, Any, object]) -> None:
+    """Wait for one of them and cancel the others; what it raised is raised."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+    for task in done:
+        task.result()
+
+
+class _Screen:
+    """What the operator sees, on stderr: one line a milestone, and a live line of progress on a terminal."""
+
+    def __init__(self, config: ServeConfig):
+        self._config = config
+        self._console = Console(stderr=True, highlight=False)
+        self._parts: dict[str, Progress] = {}
+        self._status = self._console.status("starting") if self._console.is_terminal else None
+        self._started = time.monotonic()
+
+    def say(self, text: str) -> None:
+        if self._status is not None:
+            self._status.stop()
+        self._console.print(text)
+
+    def model(self, spec: ModelSpec) -> None:
+        shape = spec.shape
+        kv = format_size(shape.kv_bytes_per_token)
+        self.say(
+            f"[bold]{spec.name}[/bold]: {spec.architecture}, {shape.num_params / 1e6:.0f}M parameters, {spec.dtype}, {kv} of KV a token"
+        )
+        prefill, decode, mixed = self._config.roles
+        self.say(f"starting pool ({self._config.dram} DRAM) and instances: {prefill} prefill, {decode} decode, {mixed} mixed")
+        if self._status is not None:
+            self._status.start()
+
+    def progress(self, progress: Progress) -> None:
+        self._parts[progress.name] = progress
+        if self._status is not None:
+            self._status.update("  ".join(f"{p.name}: {p.what} {p.fraction:.0%}" for p in self._parts.values()))
+
+    def ready(self, cluster: LocalCluster, port: int) -> None:
+        config = self._config
+        tokens = cluster.num_slots * config.block_tokens
+        self.say(f"pool holds {tokens:,} tokens in {cluster.num_slots:,} blocks of {config.block_tokens}")
+        self.say(
+            f"[bold green]ready[/bold green] after {time.monotonic() - self._started:.1f} s: http://{config.host}:{port}/v1  (docs at /docs, metrics at /metrics, Ctrl-C stops)"
+        )

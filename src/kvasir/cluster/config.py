@@ -1,0 +1,141 @@
+"""The settings of `kvasir serve`: declared once, here; the TOML file and the command line both come from this tree."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from kvasir.core.errors import ConfigError
+from kvasir.core.units import parse_duration, parse_size
+
+T = TypeVar("T")
+
+BUILTIN_MODEL = "kvasir-small"
+
+
+def _about(text: str) -> Meta:
+    return Meta(description=text)
+
+
+class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that `kvasir serve` can be told. Sizes and durations are text with a unit (`4GiB`, `100ms`)."""
+
+    model: Annotated[str, _about("Hugging Face checkpoint directory or name; the built-in model when left out.")] = (
+        BUILTIN_MODEL
+    )
+    served_model_name: Annotated[
+        str | None, _about("Name under which clients ask for the model (default: its directory's).")
+    ] = None
+    host: Annotated[str, _about("Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, _about("Port to listen on.")] = 8000
+    api_key: Annotated[list[str], _about("A key that clients must send as `Authorization: Bearer`; may be repeated.")] = []
+    prefill: Annotated[int | None, _about("Number of prefill instances (default 1, or 0 with --mixed).")] = None
+    decode: Annotated[int | None, _about("Number of decode instances (default 1, or 0 with --mixed).")] = None
+    mixed: Annotated[int, _about("Number of instances that prefill and decode.")] = 0
+    dram: Annotated[str, _about("DRAM for KVCache on this node.")] = "4GiB"
+    block_tokens: Annotated[int, _about("Tokens in a block, the unit of the KVCache pool; a multiple of 16.")] = 64
+    max_model_len: Annotated[int | None, _about("Longest prompt plus output, in tokens (default: the model's own limit).")] = (
+        None
+    )
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], _about("auto, bfloat16 or float32.")] = "auto"
+    engine: Annotated[
+        Literal["torch", "fake"], _about("torch, or fake: predicted time instead of computation, for trying out traffic.")
+    ] = "torch"
+    device: Annotated[Literal["cpu", "cuda"], _about("cpu or cuda.")] = "cpu"
+    threads: Annotated[
+        int | None, _about("Threads of each instance (default: all cores; instances share them by priority).")
+    ] = None
+    slo_ttft: Annotated[str, _about("Objective for the time to first token.")] = "30s"
+    slo_tbt: Annotated[str, _about("Objective for the time between tokens.")] = "100ms"
+    policy: Annotated[str, _about("Placement policy.")] = "mooncake"
+    admission: Annotated[str, _about("slo: reject early what is predicted to miss its objectives; off: queue everything.")] = (
+        "slo"
+    )
+    max_queue: Annotated[int, _about("Most requests in the cluster at once; more are rejected with 429.")] = 1024
+    max_batch: Annotated[int, _about("Most sequences decoding together in an instance.")] = 64
+    chunk_tokens: Annotated[int, _about("Most new tokens in one step: the size of a prefill chunk.")] = 512
+    request_timeout: Annotated[str, _about("Longest that one request may take.")] = "10m"
+    profile: Annotated[str | None, _about("Cost profile written by `kvasir profile` (default: this machine's, if there).")] = (
+        None
+    )
+    seed: Annotated[int, _about("Seed of policies that draw.")] = 0
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], _about("debug, info, warning or error.")] = "info"
+    log_json: Annotated[bool, _about("Log as JSON lines.")] = False
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def roles(self) -> tuple[int, int, int]:
+        """How many prefill, decode and mixed instances to start; 1 + 1 when nothing was said."""
+        default = 0 if self.mixed else 1
+        prefill = default if self.prefill is None else self.prefill
+        decode = default if self.decode is None else self.decode
+        return prefill, decode, self.mixed
+
+    @property
+    def dram_bytes(self) -> int:
+        return parse_size(self.dram)
+
+
+def load_config(path: Path | None, flags: dict[str, Any]) -> ServeConfig:
+    """The file's settings with the flags laid over them; unknown keys and wrong types raise ConfigError."""
+    values = _read_toml(path) if path is not None else {}
+    values.update({name: value for name, value in flags.items() if value is not None})
+    try:
+        return msgspec.convert(values, ServeConfig)
+    except msgspec.ValidationError as error:
+        where = f"{path}: " if path is not None else ""
+        raise ConfigError(f"{where}{_known_keys(str(error))}") from error
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read config file {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    return {name.replace("-", "_"): value for name, value in values.items()}
+
+
+def _known_keys(message: str) -> str:
+    if "unknown field" not in message:
+        return message
+    return f"{message}; known keys: {', '.join(ServeConfig.__struct_fields__)}"
+
+
+def _check(config: ServeConfig) -> None:
+    def require(ok: bool, message: str) -> None:
+        if not ok:
+            raise ConfigError(message)
+
+    prefill, decode, mixed = config.roles
+    for name, count in (("prefill", prefill), ("decode", decode), ("mixed", mixed)):
+        require(0 <= count <= 64, f"--{name} must be between 0 and 64, got {count}")
+    require(prefill + mixed > 0, "no instance can prefill: give --prefill or --mixed at least 1")
+    require(decode + mixed > 0, "no instance can decode: give --decode or --mixed at least 1")
+    require(0 <= config.port <= 65535, f"--port must be between 0 and 65535, got {config.port}")
+    require(
+        config.block_tokens >= 16 and config.block_tokens % 16 == 0,
+        f"--block-tokens must be a multiple of 16, got {config.block_tokens}",
+    )
+    for name in ("chunk_tokens", "max_batch", "max_queue"):
+        value = getattr(config, name)
+        require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    require(config.dram_bytes > 0, f"--dram must be positive, got {config.dram}")
+    for name in ("slo_ttft", "slo_tbt", "request_timeout"):
+        value = getattr(config, name)
+        require(parse_duration(value) > 0, f"--{name.replace('_', '-')} must be positive, got {value}")
+
+
+def choose(name: str, value: str, choices: Mapping[str, T]) -> T:
+    """The entry of a table that a setting names. Raises ConfigError with what there is."""
+    if value not in choices:
+        raise ConfigError(f"--{name} must be one of {', '.join(choices)}, got {value!r}")
+    return choices[value]

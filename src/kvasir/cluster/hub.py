@@ -1,0 +1,338 @@
+"""The live body of the Conductor: it takes requests from the gateway, tells instances what to run, and passes tokens on.
+
+Everything here runs in one event loop and one process with the gateway. The brain decides by numbers; this body keeps the
+prompts and the tokens so far, so that a request whose instance died is replayed elsewhere and its stream goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import structlog
+from msgspec.structs import replace
+
+from kvasir.cluster.messages import (
+    BlocksChanged,
+    CancelRun,
+    HandedOff,
+    HelloInstance,
+    HelloPool,
+    InstanceReport,
+    Message,
+    Phase,
+    PoolReport,
+    RunFailed,
+    RunRequest,
+    StepOutput,
+    TokenOut,
+)
+from kvasir.cluster.pool_host import HUB, HUB_EPOCH
+from kvasir.cluster.pool_messages import Resync
+from kvasir.cluster.service import ClusterStatus, InstanceStatus, Output, Rejected, RequestFailed, Submission
+from kvasir.core import commands
+from kvasir.core.commands import Cancel, Decision, Decode, Fail, Prefill, Reject
+from kvasir.core.errors import RequestError
+from kvasir.core.events import (
+    Aborted,
+    Arrived,
+    BlocksRemoved,
+    BlocksStored,
+    Event,
+    Failed,
+    Finished,
+    Heartbeat,
+    InstanceInfo,
+    InstanceJoined,
+    InstanceLoad,
+    InstanceLost,
+    NodeLost,
+    PrefillDone,
+    Tick,
+)
+from kvasir.core.keys import block_keys, root_key
+from kvasir.core.pool_events import OwnerLost, PoolEvent, PoolStats, ReleaseLease
+from kvasir.core.request import Request
+from kvasir.engine.interface import ModelSpec, SampledToken
+from kvasir.scheduling.conductor import Conductor
+
+TICK_S = 0.25
+HEARTBEAT_DEADLINE_S = 20.0
+"""An instance that is silent for so long is lost; a dead process is noticed at once by whoever started it."""
+
+Send = Callable[[str, Message | PoolEvent], bool]
+"""Delivers a message to a peer by name and says whether it could."""
+
+Clock = Callable[[], float]
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request between its arrival and its end."""
+
+    submission: Submission
+    root: bytes
+    deadline_s: float
+    outputs: asyncio.Queue[Output | Reject | Fail]
+    emitted: list[int] = field(default_factory=list)
+    attempt: int = 0
+    phase: Phase = Phase.BOTH
+    cached: int | None = None
+    prefilled: bool = False
+
+    @property
+    def run(self) -> str:
+        """The name of the current attempt; what an earlier one still says is dropped."""
+        return f"{self.submission.request_id}#{self.attempt}"
+
+
+@dataclass(slots=True)
+class _Instance:
+    info: InstanceInfo
+    load: InstanceLoad
+    seen_s: float
+
+
+class Hub:
+    """Implements `Service` over the Conductor."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        conductor: Conductor,
+        *,
+        send: Send,
+        clock: Clock,
+        request_timeout_s: float,
+    ):
+        self._spec = spec
+        self._conductor = conductor
+        self._send = send
+        self._clock = clock
+        self._request_timeout_s = request_timeout_s
+        self._live: dict[str, _Live] = {}
+        self._instances: dict[str, _Instance] = {}
+        self._pools: dict[str, PoolStats] = {}
+        self._counters: Counter[str] = Counter()
+        self._decisions: list[Decision] = []
+        self._log = structlog.get_logger().bind(part="conductor")
+
+    # --- the gateway's side: Service ---------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    async def submit(self, submission: Submission) -> AsyncIterator[Output]:
+        now = self._clock()
+        request_id = submission.request_id
+        if request_id in self._live:
+            raise RequestError(f"request id {request_id!r} is in use", status=409, code="duplicate_request_id")
+        root = root_key(
+            model=self._spec.identity,
+            dtype=self._spec.dtype,
+            layout=self._spec.layout,
+            block_tokens=self._spec.block_tokens,
+            salt=submission.salt,
+        )
+        keys = tuple(block_keys(root, submission.prompt, self._spec.block_tokens))
+        live = _Live(submission, root, now + self._request_timeout_s, asyncio.Queue())
+        self._live[request_id] = live
+        try:
+            request = Request(
+                id=request_id,
+                num_prompt_tokens=len(submission.prompt),
+                max_tokens=submission.max_tokens,
+                keys=keys,
+                arrival_s=now,
+                priority=submission.priority,
+                tenant=submission.tenant,
+            )
+            self._apply(Arrived(request))
+            while (output := await self._next(live)).finish_reason is None:
+                yield output
+            yield output
+        finally:
+            if request_id in self._live:
+                self._apply(Aborted(request_id))
+                self._live.pop(request_id, None)
+
+    async def _next(self, live: _Live) -> Output:
+        """The next output of a request. Raises Rejected, or RequestFailed also when the request's time is over."""
+        try:
+            async with asyncio.timeout(live.deadline_s - self._clock()):
+                output = await live.outputs.get()
+        except TimeoutError:
+            request_id = live.submission.request_id
+            message = f"no answer within {self._request_timeout_s:g} s; raise --request-timeout or ask for less"
+            raise RequestFailed(Fail(request_id, "timeout", message)) from None
+        if isinstance(output, Reject):
+            raise Rejected(output)
+        if isinstance(output, Fail):
+            raise RequestFailed(output)
+        return output
+
+    def status(self) -> ClusterStatus:
+        now = self._clock()
+        instances = tuple(
+            InstanceStatus(i.info, i.load, now - i.seen_s) for _, i in sorted(self._instances.items(), key=lambda kv: kv[0])
+        )
+        ready = self._conductor.ready
+        reason = "" if ready else "waiting for instances that can prefill and decode"
+        return ClusterStatus(ready, reason, instances, dict(self._pools), dict(self._counters))
+
+    # --- the instances' and pools' side ------------------------------------------------------------------------
+
+    def take(self, peer: str, message: Message) -> None:
+        """A message from an instance or a pool."""
+        match message:
+            case StepOutput(instance=instance, tokens=tokens):
+                for token in tokens:
+                    self._take_token(instance, token)
+            case HandedOff(run=run, instance=instance):
+                self._take_hand_off(run, instance)
+            case InstanceReport(instance=name, epoch=epoch, load=load):
+                self._take_report(name, epoch, load)
+            case RunFailed(run=run, instance=instance, error=error):
+                self._log.warning("run failed", run=run, instance=instance, error=error)
+                if (live := self._current(run)) is not None:
+                    self._apply(Failed(live.submission.request_id, instance, error))
+            case BlocksChanged(node=node, seq=seq, stored=stored, removed=removed):
+                self._apply(BlocksRemoved(node, 2 * seq - 1, removed))
+                self._apply(BlocksStored(node, 2 * seq, stored))
+            case PoolReport(node=node, stats=stats):
+                self._pools[node] = stats
+            case HelloInstance(info=info):
+                self._instances[info.id] = _Instance(info, InstanceLoad(), self._clock())
+                self._log.info("instance joined", instance=info.id, role=info.role.value, node=info.node)
+                self._apply(InstanceJoined(info))
+            case HelloPool(node=node, num_slots=num_slots):
+                self._pools[node] = PoolStats(slots=num_slots, free=num_slots)
+            case _:
+                self._log.warning("unexpected message", peer=peer, message=type(message).__name__)
+
+    def lose_instance(self, name: str) -> None:
+        """The instance's process is gone, or silent for too long."""
+        instance = self._instances.pop(name, None)
+        if instance is None:
+            return
+        self._log.warning("instance lost", instance=name)
+        self._send(pool_name(instance.info.node), OwnerLost(name, instance.info.epoch))
+        self._apply(InstanceLost(name, instance.info.epoch))
+
+    def lose_node(self, node: str) -> None:
+        """The node's pool process is gone, and every block with it."""
+        self._pools.pop(node, None)
+        self._apply(NodeLost(node))
+
+    async def run_ticks(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            now = self._clock()
+            for name, instance in list(self._instances.items()):
+                if now - instance.seen_s > HEARTBEAT_DEADLINE_S:
+                    self.lose_instance(name)
+            self._apply(Tick())
+
+    def _take_token(self, instance: str, out: TokenOut) -> None:
+        live = self._current(out.run)
+        if live is None:
+            return
+        request_id = live.submission.request_id
+        live.emitted.append(out.token)
+        first = live.cached is None
+        if first:
+            live.cached = out.cached or 0
+        token = SampledToken(out.token, out.logprob, out.top)
+        live.outputs.put_nowait(Output([token], live.cached if first else None, out.finish))
+        if out.finish is not None:
+            del self._live[request_id]
+            self._apply(Finished(request_id, instance, out.finish, len(live.emitted)))
+        elif live.phase is Phase.BOTH and not live.prefilled:
+            live.prefilled = True
+            self._apply(PrefillDone(request_id, instance, out.cached or 0))
+
+    def _take_report(self, name: str, epoch: int, load: InstanceLoad) -> None:
+        """An instance knows the pages in its hand; what else its node's pool could give is added here."""
+        instance = self._instances.get(name)
+        if instance is None:
+            return
+        pool = self._pools.get(instance.info.node, PoolStats())
+        obtainable = (pool.free + pool.published - pool.leased) * self._spec.block_tokens
+        instance.load = replace(load, free_kv_tokens=load.free_kv_tokens + obtainable)
+        instance.seen_s = self._clock()
+        self._apply(Heartbeat(name, epoch, instance.load))
+
+    def _take_hand_off(self, run: str, instance: str) -> None:
+        """The prompt's KV is on offer: somebody decodes it, or, when the request is over, nobody will."""
+        live = self._current(run)
+        if live is not None:
+            live.prefilled = True
+            self._apply(PrefillDone(live.submission.request_id, instance, live.cached or 0))
+        elif instance in self._instances:
+            self._send(pool_name(self._instances[instance].info.node), ReleaseLease(HUB, HUB_EPOCH, run))
+
+    def _current(self, run: str) -> _Live | None:
+        live = self._live.get(run.rpartition("#")[0])
+        return live if live is not None and live.run == run else None
+
+    # --- the Conductor's side ----------------------------------------------------------------------------------
+
+    def _apply(self, event: Event) -> None:
+        for command in self._conductor.handle(event, self._clock()):
+            match command:
+                case Prefill(request_id=request_id, instance=instance, decode=decode, decision=decision):
+                    self._record(decision)
+                    live = self._live[request_id]
+                    live.attempt += 1
+                    live.prefilled = False
+                    self._run(request_id, instance, Phase.BOTH if decode == instance else Phase.PREFILL)
+                case Decode(request_id=request_id, instance=instance):
+                    self._run(request_id, instance, Phase.DECODE)
+                case Cancel(request_id=request_id, instance=instance):
+                    self._send(instance, CancelRun(self._live[request_id].run))
+                case Reject(request_id=request_id, decision=decision):
+                    self._record(decision)
+                    self._end(request_id, command)
+                case Fail(request_id=request_id):
+                    self._end(request_id, command)
+                case commands.Resync(node=node):
+                    self._send(pool_name(node), Resync())
+                case _:
+                    raise AssertionError(f"the Conductor said {command!r}")
+
+    def _run(self, request_id: str, instance: str, phase: Phase) -> None:
+        live = self._live[request_id]
+        live.phase = phase
+        submission = live.submission
+        prompt = submission.prompt
+        message = RunRequest(
+            run=live.run,
+            phase=phase,
+            tokens=np.asarray(prompt + live.emitted, dtype="<u4").tobytes(),
+            max_total_tokens=min(len(prompt) + submission.max_tokens, self._spec.max_model_len),
+            sampling=submission.sampling,
+            stop_tokens=submission.stop_tokens + (() if submission.ignore_eos else self._spec.eos_token_ids),
+            root=live.root,
+            priority=submission.priority,
+        )
+        if not self._send(instance, message):
+            self._counters["undelivered"] += 1
+            asyncio.get_running_loop().call_soon(self._apply, Failed(request_id, instance, "not reachable"))
+
+    def _end(self, request_id: str, outcome: Reject | Fail) -> None:
+        live = self._live.pop(request_id, None)
+        if live is not None:
+            live.outputs.put_nowait(outcome)
+
+    def _record(self, decision: Decision) -> None:
+        self._counters[f"decisions_{decision.policy}"] += 1
+        self._log.debug("decision", request=decision.request_id, chosen=decision.chosen, reason=decision.reason)
+
+
+def pool_name(node: str) -> str:
+    """The name under which a node's pool process speaks to the hub."""
+    return f"pool@{node}"

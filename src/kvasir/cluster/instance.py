@@ -1,0 +1,284 @@
+"""The live body of one instance: carries the Batcher's commands out on an engine and the node's pool.
+
+Three things run: the inbox (what the hub wants), the engine loop (one step at a time) and the heartbeat. Every decision is
+the Batcher's; this body keeps the tokens, because the brain only knows their number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, assert_never
+
+import numpy as np
+import structlog
+
+from kvasir.cluster.messages import (
+    CancelRun,
+    FromInstance,
+    HandedOff,
+    HelloInstance,
+    InstanceReport,
+    Phase,
+    RunFailed,
+    RunRequest,
+    Shutdown,
+    StepOutput,
+    ToInstance,
+    TokenOut,
+)
+from kvasir.cluster.pool_client import Pool
+from kvasir.core.commands import Chunk, HandOff, NeedPages, Preempt, Publish, Release, ReturnPages, Starved, Step
+from kvasir.core.errors import KvasirError
+from kvasir.core.events import Cancelled, Event, InstanceInfo, PagesGranted, StepDone, Submitted, Tick
+from kvasir.core.keys import BlockKey, block_keys
+from kvasir.core.pool_events import KeyedSlot
+from kvasir.core.request import FinishReason
+from kvasir.engine.interface import Engine, SampledToken, SequenceSlice
+from kvasir.scheduling.batcher import Batcher
+
+HEARTBEAT_S = 0.5
+OFFER_S = 30.0
+"""How long a handed-off prompt waits in the pool for the instance that decodes it."""
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """What the body knows of a running request: its tokens so far and the keys of its full blocks."""
+
+    request: RunRequest
+    phase: Phase
+    tokens: list[int]
+    keys: list[BlockKey] = field(default_factory=list)
+    cached: int | None = None
+    cancelled: bool = False
+    submitted: bool = False
+
+    def key(self, index: int, block_tokens: int) -> BlockKey:
+        """The key of full block `index`; keys are chained as blocks fill."""
+        if index >= len(self.keys):
+            done = len(self.keys)
+            parent = self.keys[-1] if self.keys else self.request.root
+            self.keys += block_keys(parent, self.tokens[done * block_tokens :], block_tokens)
+        return self.keys[index]
+
+
+class InstanceBody:
+    """Runs until the hub says Shutdown, the engine fails, or its task is cancelled."""
+
+    def __init__(
+        self,
+        info: InstanceInfo,
+        engine: Engine,
+        batcher: Batcher,
+        pool: Pool,
+        *,
+        receive: Callable[[], Coroutine[Any, Any, ToInstance]],
+        send: Callable[[FromInstance], object],
+    ):
+        self._info = info
+        self._engine = engine
+        self._batcher = batcher
+        self._pool = pool
+        self._receive = receive
+        self._send = send
+        self._sequences: dict[str, _Sequence] = {}
+        self._steps: asyncio.Queue[Step] = asyncio.Queue(maxsize=2)
+        self._log = structlog.get_logger().bind(instance=info.id)
+        self._clock = asyncio.get_running_loop().time
+        self._tasks = asyncio.TaskGroup()
+        self._block_tokens = engine.spec.block_tokens
+
+    async def run(self) -> None:
+        self._send(HelloInstance(self._info))
+        async with self._tasks as tasks:
+            engine_loop = tasks.create_task(self._run_steps())
+            heartbeat = tasks.create_task(self._beat())
+            await self._take_messages()
+            engine_loop.cancel()
+            heartbeat.cancel()
+
+    # --- what the hub wants ------------------------------------------------------------------------------------
+
+    async def _take_messages(self) -> None:
+        while True:
+            match await self._receive():
+                case RunRequest() as request:
+                    self._start(request)
+                case CancelRun(run=run):
+                    self._cancel(run)
+                case Shutdown():
+                    return
+                case other:
+                    assert_never(other)
+
+    def _start(self, request: RunRequest) -> None:
+        if request.run in self._sequences:
+            self._fail(request.run, "the run is here already")
+            return
+        sequence = _Sequence(request, request.phase, np.frombuffer(request.tokens, dtype="<u4").tolist())
+        self._sequences[request.run] = sequence
+        self._spawn(self._admit(sequence))
+
+    def _cancel(self, run: str) -> None:
+        sequence = self._sequences.get(run)
+        if sequence is None:
+            return
+        sequence.cancelled = True
+        if sequence.submitted:
+            self._apply(Cancelled(run))
+
+    async def _admit(self, sequence: _Sequence) -> None:
+        """Take the KV that exists already, then queue the sequence."""
+        run = sequence.request.run
+        try:
+            take = self._take_over if sequence.phase is Phase.DECODE else self._prefix
+            pages, computed = await take(sequence)
+        except KvasirError as error:
+            del self._sequences[run]
+            self._fail(run, str(error))
+            return
+        if sequence.cancelled:
+            del self._sequences[run]
+            self._pool.release(run, ())
+            return
+        sequence.submitted = True
+        self._apply(
+            Submitted(
+                request_id=run,
+                num_tokens=len(sequence.tokens),
+                num_computed=computed,
+                max_total_tokens=sequence.request.max_total_tokens,
+                pages=tuple(pages),
+                hand_off=sequence.phase is Phase.PREFILL,
+                priority=sequence.request.priority,
+            )
+        )
+
+    async def _take_over(self, sequence: _Sequence) -> tuple[tuple[int, ...], int]:
+        pages = await self._pool.adopt(sequence.request.run)
+        return pages, len(sequence.tokens) - 1
+
+    async def _prefix(self, sequence: _Sequence) -> tuple[tuple[int, ...], int]:
+        """The cached prefix; at least one token is left to compute, since its logits are needed."""
+        usable = (len(sequence.tokens) - 1) // self._block_tokens
+        if usable:
+            sequence.key(usable - 1, self._block_tokens)
+        pages = await self._pool.lease(sequence.request.run, tuple(sequence.keys[:usable]))
+        if sequence.cached is None:
+            sequence.cached = len(pages) * self._block_tokens
+        return pages, len(pages) * self._block_tokens
+
+    # --- what the Batcher wants --------------------------------------------------------------------------------
+
+    def _apply(self, event: Event) -> None:
+        for command in self._batcher.handle(event, self._clock()):
+            match command:
+                case Step():
+                    self._steps.put_nowait(command)
+                case Publish(request_id=run, blocks=blocks):
+                    sequence = self._sequences[run]
+                    keyed = tuple(KeyedSlot(sequence.key(b.index, self._block_tokens), b.page) for b in blocks)
+                    self._pool.put_end(run, keyed)
+                case HandOff(request_id=run, pages=pages):
+                    del self._sequences[run]
+                    self._spawn(self._hand_off(run, pages))
+                case Release(request_id=run, pages=pages):
+                    del self._sequences[run]
+                    self._pool.release(run, pages)
+                case Preempt(request_id=run, pages=pages):
+                    self._preempt(self._sequences[run], pages)
+                case Starved(request_id=run, pages=pages, waited_s=waited_s):
+                    del self._sequences[run]
+                    self._pool.release(run, pages)
+                    self._fail(run, f"no KVCache block became free for {waited_s:.0f} s; give the pool more --dram")
+                case NeedPages(count=count):
+                    self._spawn(self._need_pages(count))
+                case ReturnPages(pages=pages):
+                    self._pool.revoke(pages)
+                case _:
+                    raise AssertionError(f"the Batcher said {command!r}")
+
+    async def _hand_off(self, run: str, pages: tuple[int, ...]) -> None:
+        try:
+            await self._pool.offer(run, pages, OFFER_S)
+        except KvasirError as error:
+            self._fail(run, f"hand-off: {error}")
+            return
+        self._send(HandedOff(run, self._info.id))
+
+    def _preempt(self, sequence: _Sequence, pages: tuple[int, ...]) -> None:
+        """Give everything back and queue the sequence again, to be recomputed here from its tokens so far."""
+        self._pool.release(sequence.request.run, pages)
+        sequence.submitted = False
+        if sequence.phase is Phase.DECODE:
+            sequence.phase = Phase.BOTH
+        self._spawn(self._admit(sequence))
+
+    async def _need_pages(self, count: int) -> None:
+        try:
+            pages = await self._pool.reserve(count)
+        except KvasirError as error:
+            self._log.warning("no pages", error=str(error))
+            pages = ()
+        self._apply(PagesGranted(pages))
+
+    # --- the engine loop ---------------------------------------------------------------------------------------
+
+    async def _run_steps(self) -> None:
+        while True:
+            step = await self._steps.get()
+            slices = [self._slice(chunk) for chunk in step.chunks]
+            result = await self._engine.step(slices)
+            outputs = tuple(self._grow(run, sampled) for run, sampled in result.tokens.items())
+            self._apply(StepDone(tuple(out.run for out in outputs if out.finish is not None)))
+            if outputs:
+                self._send(StepOutput(self._info.id, outputs))
+
+    def _slice(self, chunk: Chunk) -> SequenceSlice:
+        sequence = self._sequences[chunk.request_id]
+        return SequenceSlice(
+            request_id=chunk.request_id,
+            tokens=sequence.tokens[chunk.start : chunk.start + chunk.length],
+            start=chunk.start,
+            pages=chunk.pages,
+            sampling=sequence.request.sampling if chunk.samples else None,
+        )
+
+    def _grow(self, run: str, sampled: SampledToken) -> TokenOut:
+        """Append the new token; the first of a prefill also tells how much of the prompt was cached."""
+        sequence = self._sequences[run]
+        sequence.tokens.append(sampled.token)
+        cached, sequence.cached = sequence.cached, None
+        return TokenOut(
+            run=run,
+            token=sampled.token,
+            logprob=sampled.logprob,
+            top=sampled.top,
+            cached=cached,
+            finish=_finish(sequence),
+        )
+
+    # --- the rest ----------------------------------------------------------------------------------------------
+
+    async def _beat(self) -> None:
+        while True:
+            self._send(InstanceReport(self._info.id, self._info.epoch, self._batcher.load()))
+            self._apply(Tick())
+            await asyncio.sleep(HEARTBEAT_S)
+
+    def _fail(self, run: str, error: str) -> None:
+        self._send(RunFailed(run, self._info.id, error))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.create_task(work)
+
+
+def _finish(sequence: _Sequence) -> FinishReason | None:
+    request = sequence.request
+    if sequence.tokens[-1] in request.stop_tokens:
+        return FinishReason.STOP
+    if len(sequence.tokens) >= request.max_total_tokens:
+        return FinishReason.LENGTH
+    return None

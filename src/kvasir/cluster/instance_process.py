@@ -1,0 +1,108 @@
+"""An instance process: `python -m kvasir.cluster.instance_process`, started by the launcher."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+
+import msgspec
+from msgspec import Struct
+
+from kvasir.cluster.config import ServeConfig
+from kvasir.cluster.instance import InstanceBody
+from kvasir.cluster.lifeline import child_config, run_child
+from kvasir.cluster.messages import FromInstance, Progress, ToInstance
+from kvasir.cluster.pool_client import open_pool
+from kvasir.cluster.wire import ZmqChannel
+from kvasir.core.errors import ConfigError, KvasirError, ModelError
+from kvasir.core.events import InstanceInfo
+from kvasir.core.request import Role
+from kvasir.core.units import parse_duration
+from kvasir.costs.fitted import FittedCost
+from kvasir.costs.roofline import RooflineCost
+from kvasir.engine.fake import FakeEngine
+from kvasir.engine.interface import Engine, ModelSpec
+from kvasir.scheduling.batcher import Batcher
+from kvasir.scheduling.chunking import BatcherConfig
+from kvasir.telemetry import logs
+
+BAD_SETUP_EXIT = 2
+"""Exit status of an instance that cannot start for a reason that a restart does not mend; it has said why in one line."""
+
+
+class InstanceSetup(Struct, frozen=True):
+    """Everything that an instance process is told when it starts."""
+
+    info: InstanceInfo
+    spec: ModelSpec
+    costs: FittedCost | RooflineCost
+    hub_address: str
+    pool_address: str
+    config: ServeConfig
+
+
+async def run_instance(setup: InstanceSetup) -> None:
+    """Load the model, join the pool, say hello, work until told to stop."""
+    info = setup.info
+    logs.setup(setup.config.log_level, json=setup.config.log_json)
+    channel: ZmqChannel[ToInstance, FromInstance] = ZmqChannel(setup.hub_address, info.id, msgspec.msgpack.Decoder(ToInstance))
+    engine = await _load_engine(setup, lambda fraction, what: channel.send(Progress(info.id, fraction, what)))
+    try:
+        async with open_pool(setup.pool_address, info.id, info.epoch) as pool:
+            engine.attach(await pool.join())
+            batcher = Batcher(_batcher_config(setup), setup.costs)
+            await InstanceBody(info, engine, batcher, pool, receive=channel.recv, send=channel.send).run()
+    finally:
+        await engine.close()
+        channel.close()
+
+
+async def _load_engine(setup: InstanceSetup, on_progress: Callable[[float, str], object]) -> Engine:
+    if setup.config.engine == "fake":
+        return FakeEngine(setup.spec, setup.costs)
+    from kvasir.engine.torch.engine import TorchEngine
+
+    loop = asyncio.get_running_loop()
+
+    def report(fraction: float, what: str) -> None:
+        loop.call_soon_threadsafe(on_progress, fraction, what)
+
+    return await TorchEngine.load(
+        setup.spec,
+        device="cuda" if setup.config.device == "cuda" else "cpu",
+        low_priority=setup.info.role is Role.PREFILL,
+        on_progress=report,
+    )
+
+
+def _batcher_config(setup: InstanceSetup) -> BatcherConfig:
+    config = setup.config
+    return BatcherConfig(
+        block_tokens=setup.spec.block_tokens,
+        max_batch=config.max_batch,
+        max_step_tokens=config.chunk_tokens,
+        max_step_s=parse_duration(config.slo_tbt) / 2,
+    )
+
+
+def main() -> None:
+    setup, lifeline = child_config(InstanceSetup)
+    try:
+        run_child(lambda: run_instance(setup), lifeline)
+    except (KvasirError, BaseExceptionGroup) as error:
+        cause = _first(error)
+        if not isinstance(cause, KvasirError):
+            raise
+        print(f"kvasir: {setup.info.id}: {cause}", file=sys.stderr)
+        sys.exit(BAD_SETUP_EXIT if isinstance(cause, ModelError | ConfigError) else 1)
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+if __name__ == "__main__":
+    main()
