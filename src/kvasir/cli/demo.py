@@ -120,7 +120,7 @@ def _stream(url: str, messages: list[dict[str, str]]) -> tuple[str, dict[str, An
 
 def _replay(url: str, requests: int, speed: float) -> None:
     flags = ["synthetic:conversation", "--url", url, "--limit", str(requests), "--speed", str(speed)]
-    flags += ["--scale-length", "0.05", "--output-scale", "0.1", "--seed", "1"]
+    flags += ["--scale-length", "0.125", "--output-scale", "0.1", "--seed", "1"]
     _say("$ kvasir replay " + " ".join(flags))
     status = subprocess.run([sys.executable, "-m", "kvasir.cli.main", "replay", *flags], check=False).returncode
     if status != 0:

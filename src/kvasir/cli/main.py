@@ -10,7 +10,7 @@ from kvasir.cli.demo import demo
 from kvasir.cli.profile import profile
 from kvasir.cli.replay import replay
 from kvasir.cli.serve import serve
-from kvasir.core.errors import KvasirError
+from kvasir.core.errors import KvasirError, root_cause
 
 app = typer.Typer(
     help="KVCache-centric, disaggregated LLM serving: prefill and decode pools, one KVCache pool, one scheduler.",
@@ -34,8 +34,11 @@ def main() -> None:
     """Entry point of the `kvasir` script."""
     try:
         app()
-    except KvasirError as error:
-        print(f"kvasir: {error}", file=sys.stderr)
+    except (KvasirError, BaseExceptionGroup) as error:
+        cause = root_cause(error)
+        if not isinstance(cause, KvasirError):
+            raise
+        print(f"kvasir: {cause}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

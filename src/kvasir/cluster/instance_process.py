@@ -15,7 +15,7 @@ from kvasir.cluster.lifeline import child_config, run_child
 from kvasir.cluster.messages import FromInstance, Progress, ToInstance
 from kvasir.cluster.pool_client import open_pool
 from kvasir.cluster.wire import ZmqChannel
-from kvasir.core.errors import ConfigError, KvasirError, ModelError
+from kvasir.core.errors import ConfigError, KvasirError, ModelError, root_cause
 from kvasir.core.events import InstanceInfo
 from kvasir.core.request import Role
 from kvasir.core.units import parse_duration
@@ -91,17 +91,11 @@ def main() -> None:
     try:
         run_child(lambda: run_instance(setup), lifeline)
     except (KvasirError, BaseExceptionGroup) as error:
-        cause = _first(error)
+        cause = root_cause(error)
         if not isinstance(cause, KvasirError):
             raise
         print(f"kvasir: {setup.info.id}: {cause}", file=sys.stderr)
         sys.exit(BAD_SETUP_EXIT if isinstance(cause, ModelError | ConfigError) else 1)
-
-
-def _first(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import select
 import shutil
 import signal
 import stat
@@ -89,6 +90,15 @@ def run_child(main: Callable[[], Coroutine[None, None, None]], lifeline_fd: int 
     """Run `main` to its end, or cancel it on SIGTERM or when the parent is gone; then the process has `grace_s` to end."""
     with asyncio.Runner() as runner:
         runner.run(_until_stopped(main, lifeline_fd, grace_s))
+
+
+def is_orphaned(lifeline_fd: int | None) -> bool:
+    """Whether the parent is gone."""
+    if lifeline_fd is None:
+        return False
+    poll = select.poll()
+    poll.register(lifeline_fd, 0)
+    return bool(poll.poll(0))  # a hang-up needs no asking for
 
 
 async def _until_stopped(main: Callable[[], Coroutine[None, None, None]], lifeline_fd: int | None, grace_s: float) -> None:

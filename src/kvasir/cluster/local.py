@@ -94,6 +94,11 @@ class LocalCluster:
                 for task in background:
                     task.cancel()
 
+    @property
+    def processes(self) -> dict[str, int]:
+        """Process ids by name: every instance, and the pool."""
+        return {name: child.process.pid for name, child in self._children.items()}
+
     async def ready(self, deadline_s: float) -> None:
         """Wait until every instance has joined. Raises ClusterError."""
         try:

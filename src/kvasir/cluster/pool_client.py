@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 import msgspec
+import structlog
 
 from kvasir.cluster.pool_host import PoolHost
 from kvasir.cluster.pool_messages import OwnerAnswer, OwnerEvent, PoolCall, PoolReply
@@ -193,15 +194,14 @@ class _ChannelLink:
         self._next_id = 0
         self._waiting: dict[int, asyncio.Future[PoolReply]] = {}
         self._late: dict[int, Undo] = {}
-        self.refused: list[Refused] = []
+        self._log = structlog.get_logger().bind(part="pool client")
 
     async def read(self) -> None:
         """Give answers to those who wait for them; run it while the link is used."""
         while True:
             reply = await self._channel.recv()
             if reply.id is None:
-                if isinstance(reply.answer, Refused):
-                    self.refused = [*self.refused[-15:], reply.answer]
+                self._log.warning("the pool refused what did not wait for an answer", answer=reply.answer)
             elif (waiter := self._waiting.pop(reply.id, None)) is not None and not waiter.done():
                 waiter.set_result(reply)
             elif (undo := self._late.pop(reply.id, None)) is not None and reply.answer is not None:

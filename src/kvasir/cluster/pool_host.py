@@ -26,6 +26,7 @@ class PoolHost:
         self._clock = clock
         self._changed: dict[BlockKey, bool] = {}
         self._seq = 0
+        self._starts_over = False
         self._dirty = False
         self.node.handle(OwnerJoined(HUB, HUB_EPOCH), clock())
 
@@ -48,14 +49,14 @@ class PoolHost:
 
     @property
     def has_changes(self) -> bool:
-        return bool(self._changed)
+        return bool(self._changed) or self._starts_over
 
     def tick(self) -> None:
         self.handle(PoolTick(HUB, HUB_EPOCH))
 
     def changes(self) -> BlocksChanged | None:
         """What changed since `confirm_changes`, the last word on each key; None when nothing did."""
-        if not self._changed:
+        if not self.has_changes:
             return None
         stored = tuple(key for key, is_stored in self._changed.items() if is_stored)
         removed = tuple(key for key, is_stored in self._changed.items() if not is_stored)
@@ -65,6 +66,7 @@ class PoolHost:
         """The last `changes` are on their way."""
         self._seq += 1
         self._changed.clear()
+        self._starts_over = False
 
     @property
     def is_behind(self) -> bool:
@@ -75,8 +77,9 @@ class PoolHost:
         return HelloPool(self._name, self.node.num_slots)
 
     def start_over(self) -> None:
-        """Whoever listens knows nothing: have the whole inventory as the next changes, counted from 1."""
+        """Whoever listens knows nothing: have the whole inventory, even an empty one, as the next changes, counted from 1."""
         self._seq = 0
+        self._starts_over = True
         self._changed = dict.fromkeys(self.node.inventory(), True)
 
     def check_if_dirty(self) -> InvariantError | None:

@@ -6,22 +6,27 @@ python -m kvasir.cluster.pool_process --config pool.json
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from pathlib import Path
 
 import msgspec
+import structlog
 from msgspec import Struct
 
-from kvasir.cluster.lifeline import child_config, remove_runtime_directory, run_child
+from kvasir.cluster.lifeline import child_config, is_orphaned, remove_runtime_directory, run_child
 from kvasir.cluster.messages import PoolReport, Shutdown
 from kvasir.cluster.pool_host import PoolHost
 from kvasir.cluster.pool_messages import FromPool, PoolCall, PoolReply, Resync, ToPool
 from kvasir.cluster.wire import Channel, Listener, ZmqChannel, ZmqListener
+from kvasir.core.errors import KvasirError
 from kvasir.core.pool_events import OwnerJoined, OwnerLost, Refused, ReleaseLease
 from kvasir.pool.node import PoolNode
 from kvasir.store.arena import create_arena
 from kvasir.store.prefault import Prefault
+from kvasir.telemetry import logs
+
+BAD_SETUP_EXIT = 2
+"""Exit status when the pool cannot start for a reason that a restart does not mend; it has said why in one line."""
 
 REPORT_S = 1.0
 TICK_S = 0.1
@@ -41,6 +46,8 @@ class PoolConfig(Struct, frozen=True, forbid_unknown_fields=True):
     num_slots: int
     slot_bytes: int
     runtime_directory: str | None = None
+    log_level: str = "info"
+    log_json: bool = False
 
 
 class PoolBody:
@@ -53,6 +60,7 @@ class PoolBody:
         self._hub = hub
         self._flush_due = False
         self._hello_due = True
+        self._log = structlog.get_logger().bind(part="pool", node=node)
         self.broken_invariants = 0
 
     async def run(self) -> None:
@@ -69,16 +77,17 @@ class PoolBody:
             peer, call = await self._instances.recv()
             event = call.event
             if event.owner != peer:
-                _log(f"{peer} spoke in the name of {event.owner}: {type(event).__name__} ignored")
+                self._log.warning("spoke in another's name, ignored", peer=peer, owner=event.owner)
                 continue
             answer = self._host.handle(event)
             self._flush_soon()
-            if call.id is not None:
-                arena = self._host.arena.handle if isinstance(event, OwnerJoined) else None
-                self._instances.send(peer, PoolReply(call.id, answer, arena))
-            elif isinstance(answer, Refused):
-                _log(f"refused {type(event).__name__} of {peer}: {answer.code}: {answer.message}")
-                self._instances.send(peer, PoolReply(None, answer))
+            if isinstance(answer, Refused):
+                self._log.warning("refused", peer=peer, event_type=type(event).__name__, why=answer.message)
+            elif call.id is None:
+                continue
+            arena = self._host.arena.handle if isinstance(event, OwnerJoined) else None
+            if not self._instances.send(peer, PoolReply(call.id, answer, arena)):
+                self._log.warning("answer undeliverable", peer=peer, event_type=type(event).__name__)
 
     async def _obey(self) -> None:
         """Do what the hub says until it says Shutdown."""
@@ -113,7 +122,7 @@ class PoolBody:
         error = self._host.check_if_dirty()
         if error is not None:
             self.broken_invariants += 1
-            _log(f"BUG, broken invariant: {error}")
+            self._log.error("broken invariant, a bug of ours", error=str(error))
 
     def _flush_soon(self) -> None:
         """Tell the hub at the end of this turn of the loop, so that a burst of events makes one message."""
@@ -135,29 +144,32 @@ class PoolBody:
 
 async def serve(config: PoolConfig) -> None:
     """Make the arena, open the sockets, run; all of it is gone at the end."""
+    logs.setup(config.log_level, json=config.log_json)
     arena = create_arena(config.num_slots, config.slot_bytes)
     host = PoolHost(config.node, PoolNode(config.num_slots), arena, asyncio.get_running_loop().time)
-    prefault = Prefault(arena)
     hub: ZmqChannel[ToPool, FromPool] = ZmqChannel(config.hub, config.name, msgspec.msgpack.Decoder(ToPool))
-    instances: ZmqListener[PoolCall, PoolReply] = ZmqListener(config.listen, msgspec.msgpack.Decoder(PoolCall))
     try:
-        await PoolBody(host, config.node, instances=instances, hub=hub).run()
+        instances: ZmqListener[PoolCall, PoolReply] = ZmqListener(config.listen, msgspec.msgpack.Decoder(PoolCall))
+        prefault = Prefault(arena)
+        try:
+            await PoolBody(host, config.node, instances=instances, hub=hub).run()
+        finally:
+            prefault.stop()
+            instances.close()
     finally:
-        prefault.stop()
-        instances.close()
         hub.close()
 
 
 def main() -> None:
     config, lifeline = child_config(PoolConfig)
-    parent = os.getppid()
-    run_child(lambda: serve(config), lifeline)
-    if config.runtime_directory is not None and os.getppid() != parent:
-        remove_runtime_directory(Path(config.runtime_directory))
-
-
-def _log(line: str) -> None:
-    print(f"pool: {line}", file=sys.stderr, flush=True)
+    try:
+        run_child(lambda: serve(config), lifeline)
+    except KvasirError as error:
+        print(f"kvasir: {config.name}: {error}", file=sys.stderr)
+        sys.exit(BAD_SETUP_EXIT)
+    finally:
+        if config.runtime_directory is not None and is_orphaned(lifeline):
+            remove_runtime_directory(Path(config.runtime_directory))
 
 
 if __name__ == "__main__":

@@ -69,3 +69,10 @@ class DeadlineExceeded(ClusterError):
 
 class InvariantError(KvasirError):
     """`check()` found a broken invariant."""
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The first error inside nested exception groups: what a person should be told."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,190 @@
+"""A whole cluster in one process and in virtual time: the real bodies and brains over in-memory channels and a fake engine.
+
+The fake engine's tokens depend on every word of KV that it reads, so a wrong, stale or foreign block gives a wrong token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from random import Random
+
+import msgspec
+
+from kvasir.cluster.hub import Hub, pool_name
+from kvasir.cluster.instance import InstanceBody
+from kvasir.cluster.messages import FromInstance, FromNode, ToInstance
+from kvasir.cluster.pool_client import connect_pool
+from kvasir.cluster.pool_host import PoolHost
+from kvasir.cluster.pool_messages import FromPool, PoolCall, PoolReply, ToPool
+from kvasir.cluster.pool_process import PoolBody
+from kvasir.cluster.service import Submission
+from kvasir.cluster.wire_memory import MemoryChannel, MemoryListener
+from kvasir.core.events import InstanceInfo
+from kvasir.core.request import Role, Sampling
+from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
+from kvasir.costs.shape import ModelShape
+from kvasir.engine.fake import FakeEngine
+from kvasir.engine.interface import ModelSpec, SequenceSlice, Slots
+from kvasir.pool.node import PoolNode
+from kvasir.scheduling.batcher import Batcher
+from kvasir.scheduling.chunking import BatcherConfig
+from kvasir.scheduling.conductor import Conductor
+from kvasir.scheduling.placer import ConductorConfig
+from kvasir.scheduling.policies import POLICIES
+from kvasir.store.arena import create_arena
+
+NODE = "node0"
+BLOCK = 16
+COSTS = FittedCost(PrefillFit(1e-3, 1e-4, 1e-9, 1e-9), DecodeFit(2e-3, 1e-4, 1e-8), 1e-4, 1e9)
+SHAPE = ModelShape(
+    num_layers=1,
+    hidden=16,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=16,
+    intermediate=16,
+    vocab=997,
+    num_params=1000,
+    dtype_bytes=4,
+)
+SPEC = ModelSpec(
+    name="fake",
+    path="",
+    identity="fake",
+    architecture="FakeForCausalLM",
+    shape=SHAPE,
+    dtype="float32",
+    layout="fake",
+    block_tokens=BLOCK,
+    max_model_len=4096,
+    eos_token_ids=(0,),
+)
+
+
+@dataclass
+class Cluster:
+    """What a test holds: the hub to submit to, the brains to look into, and the means to break things."""
+
+    hub: Hub
+    conductor: Conductor
+    host: PoolHost
+    batchers: dict[str, Batcher] = field(default_factory=dict)
+    kill: Callable[[str], None] = lambda name: None
+    start: Callable[[str, Role, int], None] = lambda name, role, epoch: None
+
+    def check(self) -> None:
+        """Every invariant, and that an idle cluster owns exactly the blocks that its index names and its instances' stashes."""
+        self.conductor.check()
+        for batcher in self.batchers.values():
+            batcher.check()
+        self.host.node.check()
+        stats = self.host.node.stats()
+        stashed = sum(batcher.load().free_kv_tokens // BLOCK for batcher in self.batchers.values())
+        assert (stats.leases, stats.leased, stats.private) == (0, 0, 0), stats
+        assert stats.reserved == stashed, (stats, stashed)
+        assert stats.free + stats.reserved + stats.published == stats.slots, stats
+
+
+@asynccontextmanager
+async def cluster(
+    roles: dict[str, Role], *, num_slots: int = 512, policy: str = "mooncake", chunk_tokens: int = 64, max_batch: int = 16
+) -> AsyncIterator[Cluster]:
+    clock = asyncio.get_running_loop().time
+    to_hub: MemoryListener[FromNode, ToInstance | ToPool] = MemoryListener(msgspec.msgpack.Decoder(FromNode))
+    to_pool: MemoryListener[PoolCall, PoolReply] = MemoryListener(msgspec.msgpack.Decoder(PoolCall))
+    conductor = Conductor(
+        ConductorConfig(kv_bytes_per_token=SHAPE.kv_bytes_per_token, block_tokens=BLOCK),
+        COSTS,
+        policy=POLICIES[policy](),
+        rng=Random(0),
+    )
+    hub = Hub(SPEC, conductor, send=to_hub.send, clock=clock, request_timeout_s=600.0)
+    host = PoolHost(NODE, PoolNode(num_slots), create_arena(num_slots, SPEC.slot_bytes), clock)
+    pool_channel: MemoryChannel[ToPool, FromPool] = MemoryChannel(to_hub, pool_name(NODE), msgspec.msgpack.Decoder(ToPool))
+    pool = PoolBody(host, NODE, instances=to_pool, hub=pool_channel)
+    found = Cluster(hub, conductor, host)
+    bodies: dict[str, asyncio.Task[None]] = {}
+
+    async def take() -> None:
+        while True:
+            peer, message = await to_hub.recv()
+            hub.take(peer, message)  # type: ignore[arg-type]
+
+    async def instance(name: str, role: Role, epoch: int) -> None:
+        info = InstanceInfo(name, role, NODE, epoch, num_slots * BLOCK, max_batch)
+        channel: MemoryChannel[ToInstance, FromInstance] = MemoryChannel(to_hub, name, msgspec.msgpack.Decoder(ToInstance))
+        calls: MemoryChannel[PoolReply, PoolCall] = MemoryChannel(to_pool, name, msgspec.msgpack.Decoder(PoolReply))
+        batcher = Batcher(
+            BatcherConfig(block_tokens=BLOCK, max_batch=max_batch, max_step_tokens=chunk_tokens, stash_pages=4, starve_s=60.0), COSTS
+        )
+        found.batchers[name] = batcher
+        engine = FakeEngine(SPEC, COSTS)
+        async with connect_pool(calls, name, epoch) as client:
+            engine.attach(await client.join())
+            await InstanceBody(info, engine, batcher, client, receive=channel.recv, send=channel.send).run()
+
+    async with AsyncExitStack() as stack:
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
+        background = [tasks.create_task(take()), tasks.create_task(hub.run_ticks()), tasks.create_task(pool.run())]
+
+        def start(name: str, role: Role, epoch: int) -> None:
+            bodies[name] = tasks.create_task(instance(name, role, epoch))
+
+        def kill(name: str) -> None:
+            bodies.pop(name).cancel()
+            del found.batchers[name]
+            hub.lose_instance(name)
+
+        found.start, found.kill = start, kill
+        for name, role in roles.items():
+            start(name, role, 1)
+        while len(hub.status().instances) < len(roles):
+            await asyncio.sleep(0.01)
+        try:
+            yield found
+        finally:
+            for task in [*bodies.values(), *background]:
+                task.cancel()
+
+
+def submission(request_id: str, prompt: list[int], max_tokens: int, *, salt: str = "") -> Submission:
+    return Submission(request_id, prompt, max_tokens, Sampling(temperature=0.0), salt=salt)
+
+
+async def answer(hub: Hub, asked: Submission) -> tuple[list[int], int]:
+    """All tokens of an answer, and how many of the prompt's came from cache."""
+    tokens: list[int] = []
+    cached = 0
+    async for output in hub.submit(asked):
+        tokens += [token.token for token in output.tokens]
+        cached = cached if output.cached_tokens is None else output.cached_tokens
+    return tokens, cached
+
+
+def expected(prompt: list[int], max_tokens: int) -> list[int]:
+    """What the fake model answers, computed by an engine of its own in one go: no cache, no chunks, no hand-off."""
+    engine = FakeEngine(SPEC, COSTS, sleep=_no_sleep)
+    total = len(prompt) + max_tokens
+    count = total // BLOCK + 1
+    arena = create_arena(count, SPEC.slot_bytes)
+    engine.attach(Slots(arena.memory, arena.stride, arena.generations))
+    tokens = list(prompt)
+    start = 0
+    while len(tokens) < total:
+        part = SequenceSlice("only", tokens[start:], start, range(count), Sampling(temperature=0.0))
+        start = len(tokens)
+        coroutine = engine.step([part])
+        try:
+            coroutine.send(None)
+        except StopIteration as stopped:
+            tokens.append(stopped.value.tokens["only"].token)
+    return tokens[len(prompt) :]
+
+
+async def _no_sleep(seconds: float) -> None:
+    return None
+
+

@@ -1,0 +1,157 @@
+"""The live bodies together, in virtual time: every path gives the tokens of an undisturbed run, and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from random import Random
+
+import pytest
+
+from kvasir.cluster.hub import Hub
+from kvasir.cluster.service import RequestFailed, Submission
+from kvasir.core.request import FinishReason, Role
+from tests.cluster.harness import BLOCK, Cluster, answer, cluster, expected, submission
+from tests.cluster.virtual_time import run_virtual
+
+SPLIT = {"prefill-0": Role.PREFILL, "decode-0": Role.DECODE}
+MANY = {"prefill-0": Role.PREFILL, "prefill-1": Role.PREFILL, "decode-0": Role.DECODE, "decode-1": Role.DECODE, "mixed-0": Role.MIXED}
+
+
+def prompt_of(seed: int, length: int) -> list[int]:
+    rng = Random(seed)
+    return [rng.randrange(1, 997) for _ in range(length)]
+
+
+async def settled(found: Cluster) -> None:
+    """Let what is under way end, then check everything."""
+    await asyncio.sleep(40.0)
+    found.check()
+
+
+@pytest.mark.parametrize("roles", [SPLIT, {"mixed-0": Role.MIXED}, MANY], ids=["1P+1D", "1M", "2P+2D+1M"])
+@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1, 100, 6 * BLOCK])
+def test_a_cold_prompt_is_answered_right(roles: dict[str, Role], length: int) -> None:
+    async def scenario() -> None:
+        async with cluster(roles) as found:
+            prompt = prompt_of(1, length)
+            assert await answer(found.hub, submission("r", prompt, 40)) == (expected(prompt, 40), 0)
+            await settled(found)
+
+    run_virtual(scenario())
+
+
+def test_the_next_turn_of_a_chat_hits_what_prefill_and_decode_wrote() -> None:
+    async def scenario() -> None:
+        async with cluster(SPLIT) as found:
+            first = prompt_of(2, 100)
+            reply, _ = await answer(found.hub, submission("turn-1", first, 60))
+            second = first + reply + prompt_of(3, 10)
+            tokens, cached = await answer(found.hub, submission("turn-2", second, 20))
+            assert tokens == expected(second, 20)
+            # the KV of the last token of the reply was never computed
+            assert cached == (len(first) + len(reply) - 1) // BLOCK * BLOCK
+            await settled(found)
+
+    run_virtual(scenario())
+
+
+def test_another_salt_never_hits() -> None:
+    async def scenario() -> None:
+        async with cluster(SPLIT) as found:
+            prompt = prompt_of(4, 200)
+            assert (await answer(found.hub, submission("a", prompt, 5, salt="alice")))[1] == 0
+            assert (await answer(found.hub, submission("b", prompt, 5, salt="bob")))[1] == 0
+            assert (await answer(found.hub, submission("c", prompt, 5, salt="alice")))[1] == 200 // BLOCK * BLOCK
+            await settled(found)
+
+    run_virtual(scenario())
+
+
+async def ask(hub: Hub, asked: Submission, give_up_after: int | None) -> list[int]:
+    """An answer, or its beginning when the client goes away after some tokens."""
+    tokens: list[int] = []
+    async with aclosing(hub.submit(asked)) as outputs:  # type: ignore[type-var]
+        async for output in outputs:
+            tokens += [token.token for token in output.tokens]
+            if give_up_after is not None and len(tokens) >= give_up_after:
+                break
+    return tokens
+
+
+def mixed_traffic(seed: int, count: int) -> list[tuple[float, Submission, int | None]]:
+    """(arrival, request, tokens after which its client goes away): shared prefixes, all lengths, a third aborted."""
+    rng = Random(seed)
+    shared = [prompt_of(100 + i, rng.randrange(20, 300)) for i in range(6)]
+    traffic = []
+    for number in range(count):
+        prompt = rng.choice(shared) + prompt_of(seed * 1000 + number, rng.randrange(1, 120))
+        asked = submission(f"r{number}", prompt, rng.randrange(1, 60))
+        traffic.append((rng.uniform(0, count / 40), asked, rng.randrange(0, 20) if rng.random() < 0.33 else None))
+    return traffic
+
+
+async def run_traffic(found: Cluster, seed: int, count: int) -> None:
+    async def one(arrival_s: float, asked: Submission, give_up_after: int | None) -> None:
+        await asyncio.sleep(arrival_s)
+        tokens = await ask(found.hub, asked, give_up_after)
+        whole = expected(asked.prompt, asked.max_tokens)
+        assert tokens == (whole if give_up_after is None else whole[: len(tokens)])
+
+    async with asyncio.TaskGroup() as clients:
+        for item in mixed_traffic(seed, count):
+            clients.create_task(one(*item))
+
+
+@pytest.mark.parametrize("num_slots", [2048, 96], ids=["roomy", "scarce"])
+@pytest.mark.parametrize("roles", [SPLIT, MANY, {"mixed-0": Role.MIXED}], ids=["1P+1D", "2P+2D+1M", "1M"])
+def test_500_requests_with_random_aborts_leave_no_block_behind(roles: dict[str, Role], num_slots: int) -> None:
+    async def scenario() -> None:
+        async with cluster(roles, num_slots=num_slots) as found:
+            await run_traffic(found, seed=5, count=500)
+            await settled(found)
+
+    run_virtual(scenario())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_instances_die_and_come_back_and_every_stream_goes_on(seed: int) -> None:
+    async def scenario() -> None:
+        async with cluster(MANY, num_slots=1024) as found:
+            rng = Random(seed)
+
+            async def chaos() -> None:
+                for epoch in range(2, 10):
+                    await asyncio.sleep(rng.uniform(0.1, 1.0))
+                    name = rng.choice(sorted(found.batchers))
+                    found.kill(name)
+                    await asyncio.sleep(rng.uniform(0.0, 0.5))
+                    found.start(name, MANY[name], epoch)
+
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(chaos())
+                tasks.create_task(run_traffic(found, seed=10 + seed, count=200))
+            await settled(found)
+
+    run_virtual(scenario())
+
+
+def test_a_request_that_can_never_be_answered_fails_instead_of_hanging() -> None:
+    async def scenario() -> None:
+        async with cluster(SPLIT) as found:
+            found.kill("decode-0")
+            with pytest.raises(RequestFailed, match="decode"):
+                await answer(found.hub, submission("r", prompt_of(6, 50), 10))
+            found.conductor.check()
+
+    run_virtual(scenario())
+
+
+def test_the_last_output_says_why_it_was_the_last() -> None:
+    async def scenario() -> None:
+        async with cluster(SPLIT) as found:
+            outputs = [output async for output in found.hub.submit(submission("r", prompt_of(7, 30), 3))]
+            assert [output.finish_reason for output in outputs] == [None, None, FinishReason.LENGTH]
+            assert [output.cached_tokens for output in outputs] == [0, None, None]
+
+    run_virtual(scenario())

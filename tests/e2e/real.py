@@ -1,0 +1,108 @@
+"""A cluster of real processes, without the gateway: what `kvasir serve` starts, driven from a test."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from random import Random
+from typing import Any, TypeVar
+
+from kvasir.cli.costs import load_costs
+from kvasir.cluster.config import ServeConfig
+from kvasir.cluster.hub import Clock, Hub, Send
+from kvasir.cluster.local import LocalCluster
+from kvasir.cluster.model import model_spec
+from kvasir.cluster.service import Submission
+from kvasir.core.request import Sampling
+from kvasir.scheduling.conductor import Conductor
+from kvasir.scheduling.placer import ConductorConfig
+from kvasir.scheduling.policies import POLICIES
+
+T = TypeVar("T")
+START_S = 90.0
+
+
+class RealCluster:
+    """Runs in a thread of its own for as long as a test module needs it."""
+
+    def __init__(self, config: ServeConfig):
+        self._config = config
+        self._started: Future[tuple[asyncio.AbstractEventLoop, LocalCluster]] = Future()
+        self._thread = threading.Thread(target=self._main, name="cluster")
+        self._thread.start()
+        self._loop, self.cluster = self._started.result(START_S)
+
+    @property
+    def hub(self) -> Hub:
+        return self.cluster.hub
+
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 60.0) -> T:
+        """Run a coroutine in the cluster's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(30.0)
+        assert not self._thread.is_alive()
+
+    def _main(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:
+            if self._started.done():
+                raise
+            self._started.set_exception(error)
+
+    async def _serve(self) -> None:
+        self._stop = asyncio.Event()
+        spec = model_spec(self._config)
+        costs = load_costs(None, spec)
+        conductor = Conductor(
+            ConductorConfig(kv_bytes_per_token=spec.shape.kv_bytes_per_token, block_tokens=spec.block_tokens),
+            costs,
+            policy=POLICIES["mooncake"](),
+            rng=Random(0),
+        )
+
+        def make_hub(send: Send, clock: Clock) -> Hub:
+            return Hub(spec, conductor, send=send, clock=clock, request_timeout_s=60.0)
+
+        cluster = LocalCluster(self._config, spec, costs, make_hub, on_progress=lambda progress: None)
+        async with cluster.running():
+            await cluster.ready(START_S)
+            self._started.set_result((asyncio.get_running_loop(), cluster))
+            await self._stop.wait()
+
+
+@contextmanager
+def real_cluster(config: ServeConfig) -> Iterator[RealCluster]:
+    found = RealCluster(config)
+    try:
+        yield found
+    finally:
+        found.stop()
+
+
+def greedy(request_id: str, prompt: list[int], max_tokens: int) -> Submission:
+    return Submission(request_id, prompt, max_tokens, Sampling(temperature=0.0), ignore_eos=True)
+
+
+async def answer(hub: Hub, asked: Submission, on_token: Callable[[int], None] = lambda count: None) -> tuple[list[int], int]:
+    """All tokens, and how many of the prompt's came from cache."""
+    tokens: list[int] = []
+    cached = 0
+    async for output in hub.submit(asked):
+        tokens += [token.token for token in output.tokens]
+        cached = cached if output.cached_tokens is None else output.cached_tokens
+        on_token(len(tokens))
+    return tokens, cached
+
+
+async def idle(hub: Hub) -> None:
+    """Until every lease is closed, as the pool itself reports it; fails after a while."""
+    async with asyncio.timeout(10.0):
+        while any(stats.leases or stats.private or stats.leased for stats in hub.status().pools.values()):
+            await asyncio.sleep(0.1)

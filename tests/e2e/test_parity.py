@@ -1,0 +1,140 @@
+"""Greedy tokens of a real cluster equal those of plain `transformers` in float32, token for token, on every path."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import aclosing
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from kvasir.cluster.config import ServeConfig
+from kvasir.engine.random_model import make_checkpoint
+from tests.e2e.real import RealCluster, answer, greedy, idle, real_cluster
+
+pytestmark = pytest.mark.timeout(240)
+
+BLOCK = 16
+OUTPUT = 40
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("model") / "nano"
+    make_checkpoint(path, family="qwen3", size="nano", seed=3)
+    return path
+
+
+@pytest.fixture(scope="module", params=["1P+1D", "1M"])
+def cluster(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[RealCluster]:
+    roles = {"prefill": 1, "decode": 1} if request.param == "1P+1D" else {"mixed": 1}
+    config = ServeConfig(
+        model=str(checkpoint), dtype="float32", block_tokens=BLOCK, dram="64MiB", chunk_tokens=48, log_level="warning", **roles
+    )
+    with real_cluster(config) as found:
+        yield found
+        found.run(idle(found.hub))
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def plain(reference: Any, prompt: list[int], count: int = OUTPUT) -> list[int]:
+    """Greedy decoding by transformers, nothing else."""
+    with torch.no_grad():
+        ids = torch.tensor([prompt])
+        out = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=None)
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
+
+
+def prompt_of(seed: int, length: int) -> list[int]:
+    rng = Random(seed)
+    return [rng.randrange(3, 380) for _ in range(length)]
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 150])
+def test_cold(cluster: RealCluster, reference: Any, length: int) -> None:
+    prompt = prompt_of(length, length)
+    tokens, cached = cluster.run(answer(cluster.hub, greedy(f"cold-{length}", prompt, OUTPUT)))
+    assert tokens == plain(reference, prompt)
+    assert cached == 0
+
+
+def test_cached_prefix(cluster: RealCluster, reference: Any) -> None:
+    shared = prompt_of(50, 100)
+    for number in range(3):
+        prompt = shared + prompt_of(60 + number, 30)
+        tokens, cached = cluster.run(answer(cluster.hub, greedy(f"prefix-{number}", prompt, OUTPUT)))
+        assert tokens == plain(reference, prompt)
+        assert cached == (0 if number == 0 else 100 // BLOCK * BLOCK)
+
+
+def test_a_prompt_that_is_cached_to_its_last_block(cluster: RealCluster, reference: Any) -> None:
+    prompt = prompt_of(70, 8 * BLOCK)
+    for number in range(2):
+        tokens, cached = cluster.run(answer(cluster.hub, greedy(f"whole-{number}", prompt, OUTPUT)))
+        assert tokens == plain(reference, prompt)
+        assert cached == (0 if number == 0 else 7 * BLOCK)
+
+
+def test_many_turns_over_blocks_that_decode_wrote(cluster: RealCluster, reference: Any) -> None:
+    history = prompt_of(80, 40)
+    for turn in range(4):
+        tokens, cached = cluster.run(answer(cluster.hub, greedy(f"turn-{turn}", history, OUTPUT)))
+        assert tokens == plain(reference, history)
+        assert cached == (0 if turn == 0 else (len(history) - 10 - 1) // BLOCK * BLOCK)
+        history = history + tokens + prompt_of(90 + turn, 10)
+
+
+def test_concurrent_requests_of_all_lengths(cluster: RealCluster, reference: Any) -> None:
+    shared = prompt_of(100, 64)
+    prompts = [(shared if number % 2 else []) + prompt_of(110 + number, 1 + 13 * number) for number in range(16)]
+
+    async def all_at_once() -> list[tuple[list[int], int]]:
+        asked = [greedy(f"many-{number}", prompt, OUTPUT) for number, prompt in enumerate(prompts)]
+        return await asyncio.gather(*(answer(cluster.hub, one) for one in asked))
+
+    for prompt, (tokens, _) in zip(prompts, cluster.run(all_at_once()), strict=True):
+        assert tokens == plain(reference, prompt)
+
+
+def test_clients_that_go_away_free_their_blocks(cluster: RealCluster) -> None:
+    async def go_away(number: int) -> None:
+        asked = greedy(f"gone-{number}", prompt_of(200 + number, 60), 400)
+        async with aclosing(cluster.hub.submit(asked)) as outputs:  # type: ignore[type-var]
+            async for _ in outputs:
+                if number % 3:
+                    break
+                await asyncio.sleep(0.01)
+                break
+
+    async def all_at_once() -> None:
+        await asyncio.gather(*(go_away(number) for number in range(12)))
+        await idle(cluster.hub)
+
+    cluster.run(all_at_once())
+
+
+def test_an_instance_that_is_killed_in_mid_stream_costs_no_token(cluster: RealCluster, reference: Any) -> None:
+    """The last of this module: the instance that decodes dies, comes back, and the stream goes on."""
+    victim = next(name for name in cluster.cluster.processes if name.startswith(("decode", "mixed")))
+    prompt = prompt_of(300, 90)
+
+    def kill(count: int) -> None:
+        if count == 5:
+            os.kill(cluster.cluster.processes[victim], signal.SIGKILL)
+
+    async def one() -> tuple[list[int], int]:
+        return await answer(cluster.hub, greedy("survivor", prompt, 100), kill)
+
+    assert cluster.run(one())[0] == plain(reference, prompt, 100)
