@@ -28,8 +28,9 @@ from itertools import pairwise
 from pathlib import Path
 from random import Random
 
-from kvasir.cli.replay.completion import Endpoint, SseParser, StreamReading, request_body
+from kvasir.cli.replay.completion import Endpoint, StreamReading, request_body
 from kvasir.cli.replay.http import Server, exchange
+from kvasir.cli.replay.sse import SseParser
 
 READY_S = 300.0
 REQUEST_S = 300.0

@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[RealCluster]:
     roles = {"prefill": 1, "decode": 1} if request.param == "1P+1D" else {"mixed": 1}
     config = ServeConfig(
-        model=str(checkpoint), dtype="float32", block_tokens=BLOCK, dram="64MiB", chunk_tokens=48, log_level="warning", **roles
+        model=str(checkpoint), dtype="float32", block_tokens=BLOCK, dram="64MiB", chunk_tokens=48, max_batch=16, log_level="warning", **roles
     )
     with real_cluster(config) as found:
         yield found

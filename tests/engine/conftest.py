@@ -82,7 +82,8 @@ async def generate(engine: Engine, sequence: Sequence_, count: int, *, chunk: in
 
 
 def random_tokens(count: int, *, seed: int = 0, vocab: int = 384) -> list[int]:
-    return np.random.default_rng(seed).integers(4, vocab, count).tolist()
+    tokens: list[int] = np.random.default_rng(seed).integers(4, vocab, count).tolist()
+    return tokens
 
 
 @pytest.fixture(scope="session")

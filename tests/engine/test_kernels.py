@@ -1,8 +1,11 @@
 """One contract over both implementations of the operations, against naive float32 torch."""
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -364,3 +367,61 @@ def test_an_impossible_layout_is_refused(field: str, value: object) -> None:
     shape = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 64, "block_tokens": 64, "dtype": BF16, field: value}
     with pytest.raises(ValueError, match="expected"):
         KvLayout(**shape)  # type: ignore[arg-type]
+
+
+# What is chosen, and what is refused
+
+
+def test_the_environment_forces_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVASIR_KERNELS", "torch")
+    ops = load_ops("cpu")
+    assert (ops.name, ops.reason) == ("torch", "KVASIR_KERNELS=torch")
+
+
+def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    ops = load_ops("cpu")
+    assert ops.name == "torch"
+    assert "no C++ compiler on PATH" in ops.reason
+
+
+def test_a_compiler_that_fails_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "error: no such thing" >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ops = load_ops("cpu")
+    assert ops.name == "torch"
+    assert "error: no such thing" in ops.reason
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float16, 64), (BF16, 80 + 8), (BF16, 512)])
+def test_what_the_kernels_do_not_know_goes_to_torch(dtype: torch.dtype, head_dim: int) -> None:
+    assert load_ops("cpu", dtype=dtype, head_dim=head_dim).name == "torch"
+
+
+def test_a_slot_outside_the_arena_is_refused(ops: Ops) -> None:
+    model = Model(heads=2, kv_heads=1, head_dim=32, block_tokens=16, dtype=F32)
+    seqs = Sequences(model, [Chunk(0, 4)])
+    seqs.tables = [[seqs.kv.num_slots]]
+    with pytest.raises(IndexError):
+        seqs.step(ops, seqs.chunks)
+
+
+def test_several_threads_may_call_at_once(ops: Ops) -> None:
+    x, weight = torch.randn(4, 256), torch.randn(2048, 256)
+    expected = x.double() @ weight.double().T
+    with ThreadPoolExecutor(4) as threads:
+        for done in threads.map(lambda _: ops.linear(x, weight), range(64)):
+            assert_close(done, expected, F32)
+
+
+@pytest.mark.parametrize("ops", [ops for ops in IMPLEMENTATIONS if ops.name == "cpp"], ids=lambda ops: ops.name)
+def test_a_child_process_has_helpers_of_its_own(ops: Ops) -> None:
+    x, weight = torch.randn(1, 256).to(BF16), torch.randn(2048, 256).to(BF16)
+    expected = ops.linear(x, weight)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(ops.linear(x, weight), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0

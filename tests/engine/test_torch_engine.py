@@ -53,7 +53,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "family": "qwen2",
         "overrides": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
     },
-    "qwen3": {"family": "qwen3", "tie": True},
+    "qwen3, tied": {"family": "qwen3", "tie": True},
     "qwen3, yarn rope": {
         "family": "qwen3",
         "overrides": {
@@ -61,7 +61,7 @@ MODELS: dict[str, dict[str, Any]] = {
                 "rope_type": "yarn",
                 "rope_theta": 10000.0,
                 "factor": 4.0,
-                "original_max_position_embeddings": 32,
+                "original_max_position_embeddings": 256,
             }
         },
     },
@@ -252,7 +252,7 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(
 def test_rope_that_depends_on_the_sequences_length_is_refused(checkpoint: MakeCheckpoint) -> None:
     dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 512}
     path = checkpoint(family="llama", overrides={"rope_parameters": dynamic})
-    with pytest.raises(ModelError, match="rope type dynamic .* set it to 512 or less"):
+    with pytest.raises(ModelError, match=r"rope type dynamic .* set it to 512 or less"):
         TorchEngine(read_spec(path, block_tokens=BLOCK_TOKENS))
     TorchEngine(read_spec(path, block_tokens=BLOCK_TOKENS, max_model_len=512))
 

@@ -1,13 +1,14 @@
 """A scripted Service, a byte-level tokenizer trained on the spot, and clients for both the bare app and a real server."""
 
 import asyncio
+import io
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import httpx
 import pytest
+import structlog
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
@@ -20,6 +21,7 @@ from kvasir.gateway.app import make_app
 from kvasir.gateway.config import GatewayConfig
 from kvasir.gateway.server import serve_http
 from kvasir.gateway.tokenizer import Tokenizer
+from kvasir.telemetry.logs import setup
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -30,6 +32,17 @@ TEXT = ["the quick brown fox jumps over the lazy dog and the snow falls on the f
 
 Step = Output | BaseException | float
 Script = Callable[[Submission], Sequence[Step]]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    setup("info", json=True, stream=io.StringIO())
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

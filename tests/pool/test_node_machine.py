@@ -175,6 +175,16 @@ class NodeMachine(RuleBasedStateMachine):
             self.reserve(owner, 0, count)
             self.publish(owner, 0, lease, count)
 
+    @rule(path=PATHS, lead=st.integers(1, 2))
+    def race(self, path: bytes, lead: int) -> None:
+        """Two instances compute the same prompt; the second gets further."""
+        if {"p", "d"} <= self.alive and not {"r0", "r1"} & self.leases.keys():
+            for owner, lease in (("p", "r0"), ("d", "r1")):
+                self.open_lease(owner, 0, lease, path)
+            for owner, lease, count in (("p", "r0", 1), ("d", "r1", 1 + lead)):
+                self.reserve(owner, 0, count)
+                self.publish(owner, 0, lease, count)
+
     @rule(lease=LEASES, tail=st.integers(1, 2))
     def hand_off(self, lease: str, tail: int) -> None:
         held = self.leases.get(lease)
@@ -248,7 +258,7 @@ class NodeMachine(RuleBasedStateMachine):
         assert answers == [Leased(lease, tuple(held.slots))]
         held.owner = owner
 
-    @rule(seconds=st.floats(0, 2))
+    @rule(seconds=st.sampled_from([0.5, 1.0, OFFER_S]))
     def wait(self, seconds: float) -> None:
         self.now += seconds
 
@@ -330,4 +340,4 @@ class NodeMachine(RuleBasedStateMachine):
 
 
 TestNodeMachine = NodeMachine.TestCase
-TestNodeMachine.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestNodeMachine.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)

@@ -35,7 +35,11 @@ class Run:
 
 class BatcherMachine(RuleBasedStateMachine):
     @initialize(
-        num_pages=st.integers(6, 40), stash=st.integers(0, 6), batch=st.integers(1, 5), step=st.integers(6, 40), ahead=st.integers(1, 6)
+        num_pages=st.integers(6, 40),
+        stash=st.integers(0, 6),
+        batch=st.integers(1, 5),
+        step=st.integers(6, 40),
+        ahead=st.integers(1, 6),
     )
     def start(self, num_pages: int, stash: int, batch: int, step: int, ahead: int) -> None:
         self.config = BatcherConfig(
@@ -63,7 +67,11 @@ class BatcherMachine(RuleBasedStateMachine):
     # --- what may happen ---
 
     @rule(
-        prompt=st.integers(1, 60), output=st.integers(1, 30), hand_off=st.booleans(), priority=st.integers(0, 1), shared=st.integers(0, 4)
+        prompt=st.integers(1, 60),
+        output=st.integers(1, 30),
+        hand_off=st.booleans(),
+        priority=st.integers(0, 1),
+        shared=st.integers(0, 4),
     )
     def submit(self, prompt: int, output: int, hand_off: bool, priority: int, shared: int) -> None:
         run = Run(prompt, prompt + output, hand_off, priority)

@@ -129,6 +129,10 @@ def _check(config: ServeConfig) -> None:
         value = getattr(config, name)
         require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
     require(config.dram_bytes > 0, f"--dram must be positive, got {config.dram}")
+    require(
+        config.chunk_tokens > config.max_batch,
+        f"--chunk-tokens must exceed --max-batch ({config.max_batch}), got {config.chunk_tokens}",
+    )
     for name in ("slo_ttft", "slo_tbt", "request_timeout"):
         value = getattr(config, name)
         require(parse_duration(value) > 0, f"--{name.replace('_', '-')} must be positive, got {value}")

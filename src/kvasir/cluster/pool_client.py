@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
 from typing import Protocol
 
 import msgspec
@@ -107,17 +107,19 @@ class PoolCaller:
             self._link.tell(PutRevoke(self._owner, self._epoch, tuple(slots)))
 
     async def _open(self, event: LeaseBlocks | AdoptLease) -> tuple[int, ...]:
-        answer = await self._link.call(event, self._undo_open)
+        """A failed call is followed by a release at once: order makes it hit this lease and no later one of its name."""
+        try:
+            answer = await self._link.call(event)
+        except (DeadlineExceeded, asyncio.CancelledError):
+            with contextlib.suppress(ClusterError):
+                self.release(event.lease)
+            raise
         assert isinstance(answer, Leased), answer
         return answer.slots
 
     def _undo_reserve(self, answer: OwnerAnswer) -> None:
         if isinstance(answer, Reserved):
             self.revoke(answer.slots)
-
-    def _undo_open(self, answer: OwnerAnswer) -> None:
-        if isinstance(answer, Leased):
-            self.release(answer.lease)
 
 
 Undo = Callable[[OwnerAnswer], None]
@@ -137,7 +139,7 @@ class Link(Protocol):
         ...
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def open_pool(address: str, owner: str, epoch: int, *, timeout_s: float = CALL_TIMEOUT_S) -> AsyncIterator[Pool]:
     """The pool whose process listens at `address`."""
     channel: ZmqChannel[PoolReply, PoolCall] = ZmqChannel(address, owner, msgspec.msgpack.Decoder(PoolReply))
@@ -148,7 +150,7 @@ async def open_pool(address: str, owner: str, epoch: int, *, timeout_s: float = 
         channel.close()
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def connect_pool(
     channel: Channel[PoolReply, PoolCall], owner: str, epoch: int, *, timeout_s: float = CALL_TIMEOUT_S
 ) -> AsyncIterator[Pool]:

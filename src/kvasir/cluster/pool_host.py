@@ -26,8 +26,8 @@ class PoolHost:
         self._clock = clock
         self._changed: dict[BlockKey, bool] = {}
         self._seq = 0
-        self._starts_over = False
         self._dirty = False
+        self.start_over()
         self.node.handle(OwnerJoined(HUB, HUB_EPOCH), clock())
 
     def handle(self, event: PoolEvent) -> Reserved | Leased | Refused | None:
@@ -45,11 +45,13 @@ class PoolHost:
                     answer = said
                 case Leased() | Refused():
                     answer = said
+        if len(self._changed) > 2 * self.node.num_slots:
+            self.start_over()
         return answer
 
     @property
     def has_changes(self) -> bool:
-        return bool(self._changed) or self._starts_over
+        return bool(self._changed) or self._seq == 0
 
     def tick(self) -> None:
         self.handle(PoolTick(HUB, HUB_EPOCH))
@@ -66,21 +68,23 @@ class PoolHost:
         """The last `changes` are on their way."""
         self._seq += 1
         self._changed.clear()
-        self._starts_over = False
-
-    @property
-    def is_behind(self) -> bool:
-        """More is untold than the whole inventory could be: `start_over` says it in less."""
-        return len(self._changed) > 2 * self.node.num_slots
-
-    def hello(self) -> HelloPool:
-        return HelloPool(self._name, self.node.num_slots)
 
     def start_over(self) -> None:
-        """Whoever listens knows nothing: have the whole inventory, even an empty one, as the next changes, counted from 1."""
+        """Whoever listens knows nothing: have a hello and the whole inventory, even an empty one, as the next to tell.
+
+        Also when more is untold than the inventory could be, so that a hub that does not listen costs bounded memory.
+        """
         self._seq = 0
-        self._starts_over = True
         self._changed = dict.fromkeys(self.node.inventory(), True)
+        self.needs_hello = True
+
+    def hello(self) -> HelloPool:
+        """To be told before any changes when `needs_hello`."""
+        return HelloPool(self._name, self.node.num_slots)
+
+    def confirm_hello(self) -> None:
+        """The hello is on its way."""
+        self.needs_hello = False
 
     def check_if_dirty(self) -> InvariantError | None:
         """Verify the brain's invariants when something happened since the last time; a broken one is returned, not raised."""

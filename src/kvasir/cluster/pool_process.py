@@ -59,7 +59,6 @@ class PoolBody:
         self._instances = instances
         self._hub = hub
         self._flush_due = False
-        self._hello_due = True
         self._log = structlog.get_logger().bind(part="pool", node=node)
         self.broken_invariants = 0
 
@@ -97,7 +96,7 @@ class PoolBody:
                     self._host.handle(event)
                     self._flush_soon()
                 case Resync():
-                    self._hello_due = True
+                    self._host.start_over()
                     self._flush_soon()
                 case Shutdown():
                     return
@@ -126,19 +125,19 @@ class PoolBody:
 
     def _flush_soon(self) -> None:
         """Tell the hub at the end of this turn of the loop, so that a burst of events makes one message."""
-        if not self._flush_due and (self._host.has_changes or self._hello_due):
+        if not self._flush_due and self._host.has_changes:
             self._flush_due = True
             asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
         """What the hub cannot take now is told with the next tick."""
         self._flush_due = False
-        self._hello_due |= self._host.is_behind
-        if self._hello_due and self._hub.send(self._host.hello()):
-            self._hello_due = False
-            self._host.start_over()
+        if self._host.needs_hello:
+            if not self._hub.send(self._host.hello()):
+                return
+            self._host.confirm_hello()
         changes = self._host.changes()
-        if changes is not None and not self._hello_due and self._hub.send(changes):
+        if changes is not None and self._hub.send(changes):
             self._host.confirm_changes()
 
 

@@ -2,7 +2,8 @@
 
 A frame is one msgpack-encoded tagged Struct. Sending never waits: it returns False when the peer is unknown or its queue is
 full, and the sender decides what that means. A frame that does not decode is counted in `dropped` and forgotten, so that a
-peer that speaks garbage harms nobody but itself. Order holds between two ends; nothing is sent twice.
+peer that speaks garbage harms nobody but itself. Order holds between two ends and nothing is sent twice;
+what is on its way when an end dies is lost.
 """
 
 from __future__ import annotations

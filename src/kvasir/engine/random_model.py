@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from kvasir.engine.torch.config import DTYPES, quiet_transformers
 
 SIZES: dict[str, dict[str, int]] = {
     "nano": {
@@ -95,28 +97,36 @@ def make_checkpoint(
     config = AutoConfig.for_model(
         family, tie_word_embeddings=tie, pad_token_id=None, bos_token_id=None, eos_token_id=_END, **fields
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
         _sharpen(model)
-    model = model.to(getattr(torch, dtype))
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
-    model.save_pretrained(path, max_shard_size=math.ceil(total / shards) if shards > 1 else 1 << 40)
+        model = model.to(DTYPES[dtype])
+        total = sum(p.numel() * p.element_size() for p in model.parameters())
+        model.save_pretrained(path, max_shard_size=math.ceil(total / shards) if shards > 1 else 1 << 40)
     _tokenizer(config.vocab_size).save_pretrained(path)
     return Path(path)
 
 
 @torch.no_grad()
-def _sharpen(model: torch.nn.Module) -> None:
-    """Draw every weight anew: unit gain through each projection, more in queries and keys and in the output layer."""
+def _sharpen(model: PreTrainedModel) -> None:
+    """Draw every weight anew: unit gain through each projection, more in queries and keys and in the output layer.
+
+    A tied embedding is drawn as an output layer, or the model would only repeat its last token.
+    """
+    embedding, is_tied = model.get_input_embeddings().weight, model.config.tie_word_embeddings
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            is_norm = name.endswith("weight")
-            parameter.normal_(1.0 if is_norm and parameter.mean() > 0.5 else 0.0, 0.1)
+            is_norm = name.endswith("weight") and parameter.mean() > 0.5
+            center = 2.0 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0
+            parameter.normal_(center if is_norm else 0.0, 0.1)
             continue
-        gain = 2.0 if any(part in name for part in ("q_proj", "k_proj", "query_key_value", "lm_head", "embed_out")) else 1.0
-        is_embedding = "embed" in name and "embed_out" not in name
-        parameter.normal_(0.0, 1.0 if is_embedding else gain / math.sqrt(parameter.shape[-1]))
+        unit = 1 / math.sqrt(parameter.shape[-1])
+        is_sharp = any(part in name for part in ("q_proj", "k_proj", "query_key_value", "lm_head", "embed_out"))
+        if parameter is embedding:
+            parameter.normal_(0.0, unit if is_tied else 1.0)
+            continue
+        parameter.normal_(0.0, 2 * unit if is_sharp else unit)
 
 
 def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import MutableMapping
+from time import monotonic
 from typing import Any, Protocol
 
 from starlette.responses import Response
@@ -42,20 +43,30 @@ class Answer(Response):
         self._is_complete = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sink: _Sink = (_Stream if self._job.stream else _Plain)(self._job, self._shape, self._deadlined(send))
+        sender = _Sender(send)
+        sink: _Sink = (_Stream if self._job.stream else _Plain)(self._job, self._shape, sender)
         try:
             async with asyncio.TaskGroup() as group:
-                watcher = group.create_task(self._watch(receive))
-                await self._work(sink)
-                watcher.cancel()
+                # both in tasks of their own: a token then wakes a short stack of awaits, not the whole of the middleware
+                watcher = group.create_task(self._watch(receive, sender))
+                group.create_task(self._work(sink)).add_done_callback(lambda _: watcher.cancel())
         except BaseExceptionGroup as failures:
             raise first_of(failures) from None
         finally:
             self._tell_exchange()
 
-    async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+    async def _watch(self, receive: Receive, sender: _Sender) -> None:
+        """Returns by raising: the client closed its connection, or takes nothing off it any more."""
+        while True:
+            try:
+                async with asyncio.timeout(self._send_timeout_s):
+                    message = await receive()
+            except TimeoutError:
+                if sender.stalled_s() >= self._send_timeout_s:
+                    raise ClientGone from None
+                continue
+            if message["type"] == "http.disconnect":
+                break
         if not self._is_complete:
             raise ClientGone
 
@@ -85,15 +96,22 @@ class Answer(Response):
         record = self._choices[0].record(self._exchange.arrival_s)
         self._exchange.tally = Tally(self._usage(), ttft_s=record.ttft_s, tbt_s=record.tbt_s)
 
-    def _deadlined(self, send: Send) -> Send:
-        async def send_in_time(message: MutableMapping[str, Any]) -> None:
-            try:
-                async with asyncio.timeout(self._send_timeout_s):
-                    await send(message)
-            except TimeoutError:
-                raise ClientGone from None
 
-        return send_in_time
+class _Sender:
+    """`send` that knows since when it has been waiting for the client. A timeout around every token would cost more."""
+
+    def __init__(self, send: Send):
+        self._send = send
+        self._since_s: float | None = None
+
+    async def __call__(self, message: MutableMapping[str, Any]) -> None:
+        self._since_s = monotonic()
+        await self._send(message)
+        self._since_s = None
+
+    def stalled_s(self) -> float:
+        """Seconds that the send in progress has waited; 0 when there is none."""
+        return 0.0 if self._since_s is None else monotonic() - self._since_s
 
 
 class _Sink(Protocol):

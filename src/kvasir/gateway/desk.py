@@ -101,7 +101,7 @@ class Desk:
                 return [_tokens(prompt) for prompt in fields.prompt]
 
     def check_model(self, model: str | None) -> None:
-        """Raises RequestError 404 for a model that is not served; None, where `model` may be left out, is the one that is."""
+        """Raises RequestError 404 for a model that is not served; None is the one that is."""
         if model not in (None, self.model, self.service.spec.name):
             message = f"the model {str(model)[:100]!r} does not exist; this server has {self.model!r}"
             raise RequestError(message, status=404, code="model_not_found", param="model")

@@ -33,7 +33,8 @@ class StreamOptions(Fields):
 class GenerationFields(Fields):
     """What completions and chat completions have in common."""
 
-    model: str
+    model: str | None = None
+    """The served model when left out."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Count | None = None

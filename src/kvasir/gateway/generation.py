@@ -75,6 +75,7 @@ class Choice:
                 await outputs.aclose()
         if finish is None:
             raise ClusterError("the answer ended without a reason")
+        self.first_token.set()  # an answer may end without any token; whoever waits for one waits no longer
         self._backend.metrics.finished(self.record(arrival_s), finish)
 
     async def run_after(self, first: Choice, emit: Emit) -> None:

@@ -12,7 +12,7 @@ from math import ceil
 import uvicorn
 from starlette.types import ASGIApp
 
-from kvasir.core.errors import ConfigError
+from kvasir.core.errors import ClusterError, ConfigError
 
 _BACKLOG = 2048
 _UNWIND_S = 2.0
@@ -49,8 +49,11 @@ async def serve_http(app: ASGIApp, host: str, port: int, *, stop_timeout_s: floa
     server = _Server(config)
     # not a TaskGroup: it would wrap whatever the context's body raises
     serving = asyncio.create_task(server.serve(sockets=[listener]), name="http-server")
+    serving.add_done_callback(lambda _: server.is_up.set())
     try:
         await server.is_up.wait()
+        if serving.done():
+            raise ClusterError("the HTTP server stopped while it started; the log has the cause")
         yield listener.getsockname()[1]
     finally:
         server.should_exit = True
@@ -60,14 +63,19 @@ async def serve_http(app: ASGIApp, host: str, port: int, *, stop_timeout_s: floa
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"cannot listen on {host}:{port}: a port is 0 to 65535; choose another with --port")
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, kind, protocol)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(_remedy(error, host, port)) from None
+    try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(_BACKLOG)
     except (OSError, OverflowError) as error:
+        listener.close()
         raise ConfigError(_remedy(error, host, port)) from None
     listener.setblocking(False)
     return listener

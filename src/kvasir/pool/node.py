@@ -10,9 +10,9 @@ a lease pins every published block of its sequence, so an evictor that honours t
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from kvasir.core.errors import InvariantError
@@ -39,37 +39,13 @@ from kvasir.core.pool_events import (
     Stored,
 )
 from kvasir.pool.eviction import Eviction, Lru
+from kvasir.pool.leases import Lease, Owner, ledger_problems
 from kvasir.pool.slots import SlotTable
 
 STORY_LENGTH = 64
 """Events that a node remembers, for the story of a broken invariant."""
 
 Code = Literal["stale_epoch", "unknown_lease", "lease_exists", "bad_slot"]
-
-
-@dataclass(slots=True)
-class Owner:
-    """An incarnation of a process. A dead one is remembered, so that its late messages are known as such."""
-
-    epoch: int
-    alive: bool = True
-    reserved: set[int] = field(default_factory=set)
-    leases: dict[str, None] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Lease:
-    """Slot i of `slots` holds block i. `owner` is None while the lease is on offer, until `deadline_s`.
-
-    `private` maps each private slot to its place in `slots`; `pinned` are the published blocks that this lease keeps, in
-    order of depth: those in `slots`, and the first copies of those whose own slot is a private duplicate.
-    """
-
-    owner: str | None
-    slots: list[int]
-    pinned: list[int]
-    private: dict[int, int] = field(default_factory=dict)
-    deadline_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -151,7 +127,7 @@ class PoolNode:
 
     def check(self) -> None:
         """Verify every invariant both ways. Raises InvariantError with all that is broken and the last events."""
-        problems = [*self._slots.problems(), *self._misplaced_slots(), *self._wrong_leases()]
+        problems = [*self._slots.problems(), *ledger_problems(self._slots, self._owners, self._leases, self._offers)]
         if problems:
             story = "".join(f"\n  {now:.6f} {_line(event)}" for now, event in self._story)
             raise InvariantError(f"{'; '.join(problems)}. What happened last:{story}")
@@ -297,47 +273,12 @@ class PoolNode:
         self._slots.give_back(lease.private)
         self._slots.unpin(lease.pinned, now)
 
-    # --- invariants --------------------------------------------------------------------------------------------
-
-    def _misplaced_slots(self) -> Iterator[str]:
-        """Each slot is exactly one of free, reserved by a living owner, private to a lease, published."""
-        places = Counter(self._slots.free) + Counter(self._slots.index.values())
-        for name, owner in self._owners.items():
-            places.update(owner.reserved)
-            if not owner.alive and (owner.reserved or owner.leases):
-                yield f"{name} has died and holds slots {sorted(owner.reserved)} and leases {list(owner.leases)}"
-        for lease in self._leases.values():
-            places.update(lease.private.keys())
-        if wrong := {slot: places[slot] for slot in {*range(self.num_slots), *places} if places[slot] != 1}:
-            yield f"slots that are not in exactly one place, with the number of places: {wrong}"
-        if strays := {slot for slot in places if not 0 <= slot < self.num_slots}:
-            yield f"slots outside of the arena: {sorted(strays)}"
-
-    def _wrong_leases(self) -> Iterator[str]:
-        """Leases, their owners, the offers and the pins agree."""
-        held = {lease_id: name for name, owner in self._owners.items() for lease_id in owner.leases}
-        if held != {lease_id: lease.owner for lease_id, lease in self._leases.items() if lease.owner is not None}:
-            yield f"owners and leases disagree on who holds what: {held}"
-        if list(self._offers) != [i for i in self._offers if i in self._leases and self._leases[i].owner is None] or len(
-            self._offers
-        ) != sum(lease.owner is None for lease in self._leases.values()):
-            yield f"offers and leases disagree: {list(self._offers)}"
-        pins: Counter[int] = Counter()
-        for lease_id, lease in self._leases.items():
-            pins.update(lease.pinned)
-            if len(set(lease.slots)) != len(lease.slots) or set(lease.slots) - lease.private.keys() - set(lease.pinned):
-                yield f"lease {lease_id!r} holds slots twice, or some that are neither private nor pinned: {lease.slots}"
-            if any(lease.slots[place] != slot for slot, place in lease.private.items()):
-                yield f"lease {lease_id!r} misplaces its private slots: {lease.private} in {lease.slots}"
-        if wrong := {slot: n for slot, n in enumerate(self._slots.pins) if n != pins[slot]}:
-            yield f"pins that no lease explains, by slot: {wrong}"
-
     # --- validation --------------------------------------------------------------------------------------------
 
     def _not_givable(self, owner: Owner, lease: Lease | None, slots: Sequence[int]) -> list[int]:
         """Those of `slots` that this owner has no say over, or that are named twice."""
         bad = set(slots).difference(owner.reserved, lease.private if lease is not None else ())
-        return sorted(bad)
+        return sorted(bad) or _repeated(slots)
 
     def _refuse(self, code: Code, message: str) -> list[PoolAnswer]:
         self._counters.refusals += 1

@@ -63,6 +63,10 @@ class Arena:
     def num_slots(self) -> int:
         return self.handle.num_slots
 
+    def close(self) -> None:
+        """For the process that made it: nobody can open it from now on. The memory goes with the last mapping."""
+        os.close(self.handle.fd)
+
     def slot(self, index: int) -> npt.NDArray[np.uint8]:
         """The bytes of one block, writable."""
         start = index * self.handle.stride
@@ -150,23 +154,36 @@ def _cgroup_bytes() -> int:
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            left += _left_up_the_tree(Path("/sys/fs/cgroup"), path, limit="memory.max", used="memory.current")
+            left += _left_up_the_tree(Path("/sys/fs/cgroup"), path, _V2)
         elif "memory" in controllers.split(","):
-            root = Path("/sys/fs/cgroup/memory")
-            left += _left_up_the_tree(root, path, limit="memory.limit_in_bytes", used="memory.usage_in_bytes")
+            left += _left_up_the_tree(Path("/sys/fs/cgroup/memory"), path, _V1)
     return min(left)
 
 
-def _left_up_the_tree(root: Path, path: str, *, limit: str, used: str) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class _CgroupFiles:
+    """Where a control group's limit is, its use, and how much of that is file cache that the kernel would give up."""
+
+    limit: str
+    used: str
+    reclaimable: str
+
+
+_V2 = _CgroupFiles("memory.max", "memory.current", "inactive_file")
+_V1 = _CgroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def _left_up_the_tree(root: Path, path: str, files: _CgroupFiles) -> list[int]:
+    """What is left in a group and in each one above it; a container may see no more than the root."""
     group = root / path.lstrip("/")
-    left = []
-    for directory in [group, *group.parents]:
-        try:
-            text = (directory / limit).read_text().strip()
-            if text != "max":
-                left.append(int(text) - int((directory / used).read_text()))
-        except OSError:  # not mounted here, or above the root of this container
-            pass
-        if directory == root:
-            break
-    return left
+    directories = [d for d in [group, *group.parents] if d.is_relative_to(root) and (d / files.limit).exists()]
+    return [left for directory in directories if (left := _left_in(directory, files)) is not None]
+
+
+def _left_in(directory: Path, files: _CgroupFiles) -> int | None:
+    limit = (directory / files.limit).read_text().strip()
+    if limit == "max":
+        return None
+    stat = dict(line.split(maxsplit=1) for line in (directory / "memory.stat").read_text().splitlines())
+    used = int((directory / files.used).read_text()) - int(stat.get(files.reclaimable, 0))
+    return int(limit) - used

@@ -42,8 +42,8 @@ def setup(level: str, json: bool, *, stream: TextIO | None = None) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    # these tell of every request and every connection; our own line at a request's end says more
-    for noisy in ("uvicorn.access", "httpx", "httpcore", "asyncio"):
+    # these tell of every start, request and connection; our own lines say more
+    for noisy in ("uvicorn", "httpx", "httpcore", "asyncio"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
 
 

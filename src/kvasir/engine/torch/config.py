@@ -22,11 +22,10 @@ def load_config(spec: ModelSpec) -> Any:
     """The checkpoint's transformers configuration; ModelError where transformers refuses it."""
     from transformers import AutoConfig
 
-    with quiet_transformers():
-        try:
-            return AutoConfig.from_pretrained(spec.path)
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            raise ModelError(f"model {spec.path}: transformers refuses config.json: {first_line(error)}") from None
+    try:
+        return AutoConfig.from_pretrained(spec.path)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ModelError(f"model {spec.path}: transformers refuses config.json: {first_line(error)}") from None
 
 
 def layer_windows(config: Any) -> tuple[int | None, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvasir.core.errors import ModelError
 from kvasir.engine.interface import ModelSpec, SampledToken, SequenceSlice, Slots, StepResult
-from kvasir.engine.torch.config import DTYPES, check_rope, load_config
+from kvasir.engine.torch.config import DTYPES, check_rope, load_config, quiet_transformers
 from kvasir.engine.torch.device_kv import DeviceKv
 from kvasir.engine.torch.hf import HfModel
 from kvasir.engine.torch.kernels import BatchLayout, KvLayout, Ops, load_ops
@@ -120,10 +120,10 @@ class TorchEngine:
         return StepResult(sampled, perf_counter() - started)
 
     def _load(self, on_progress: Progress | None) -> Model:
-        config = load_config(self.spec)
-        check_rope(config, self.spec.max_model_len)
-        kind = LeanModel if is_lean(self.spec, config) else HfModel
-        with torch.inference_mode():
+        with quiet_transformers(), torch.inference_mode():
+            config = load_config(self.spec)
+            check_rope(config, self.spec.max_model_len)
+            kind = LeanModel if is_lean(self.spec, config) else HfModel
             model = kind(self.spec, config, ops=self._ops, device=self._device, on_progress=on_progress)
         if on_progress is not None:
             on_progress(1.0, "model loaded")

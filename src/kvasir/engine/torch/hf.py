@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from kvasir.core.errors import ModelError
 from kvasir.engine.interface import ModelSpec
-from kvasir.engine.torch.config import DTYPES, first_line, layer_windows, quiet_transformers
+from kvasir.engine.torch.config import DTYPES, first_line, layer_windows
 from kvasir.engine.torch.kernels import BatchLayout, KvLayout, KvView, Ops
-from kvasir.engine.torch.kv import KvAccess, InPlaceKv
+from kvasir.engine.torch.kv import InPlaceKv, KvAccess
 from kvasir.engine.torch.lean import Progress, SampleRows
 
 ATTENTION = "kvasir"
@@ -110,13 +110,12 @@ def _from_pretrained(spec: ModelSpec, config: Any) -> Any:
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register(ATTENTION, _attention)
-    with quiet_transformers():
-        try:
-            return AutoModelForCausalLM.from_pretrained(
-                spec.path, config=config, dtype=DTYPES[spec.dtype], attn_implementation="eager", use_safetensors=True
-            )
-        except (*_MODEL_CODE_ERRORS, OSError) as error:
-            raise ModelError(f"model {spec.path}: transformers cannot load it: {first_line(error)}") from None
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            spec.path, config=config, dtype=DTYPES[spec.dtype], attn_implementation="eager", use_safetensors=True
+        )
+    except (*_MODEL_CODE_ERRORS, OSError) as error:
+        raise ModelError(f"model {spec.path}: transformers cannot load it: {first_line(error)}") from None
 
 
 def _attention(

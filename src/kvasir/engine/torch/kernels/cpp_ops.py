@@ -15,7 +15,7 @@ from kvasir.engine.torch.kernels.ops import PackedWeight
 
 MAX_HEAD_DIM = 256
 # Up to this many tokens our own kernel streams the weight faster than oneDNN multiplies (docs/decisions/0001-cpu-attention.md).
-FEW_TOKENS_PACKED = 32
+FEW_TOKENS_PACKED = 64
 FEW_TOKENS_PLAIN = 32
 PACK_FOR_TOKENS = 512  # the number of tokens that oneDNN is told to expect; it picks tiles of 64 outputs from 16 on
 
@@ -32,15 +32,16 @@ _SIGNATURES: dict[str, list[Any]] = {  # ctypes' own types for its argument type
         *[c_void_p, c_int64, c_int, c_int, c_int, c_int, c_int, c_float, c_int, c_int],
     ],
     "kvasir_linear": [c_int, c_int, *[c_void_p] * 4, c_int, c_int, c_int, c_int],
-    "kvasir_is_tiled": [c_int, c_void_p, c_void_p, c_int, c_int],
+    "kvasir_is_tiled": [c_int, c_void_p, c_void_p, c_int, c_int, c_int],
 }
 
 
 class CppOps:
     """`Ops` on a CPU, float32 and bfloat16, head_dim a multiple of 16 up to 256.
 
-    The library shares torch's OpenMP runtime (torch is loaded first and its libgomp has the same name), and every call
-    uses as many threads as torch.get_num_threads() says.
+    Every call uses up to torch.get_num_threads() cores, by helpers of the library's own (csrc/pool.h says why not by
+    OpenMP). Large products are oneDNN's and run on torch's OpenMP threads: start the process with
+    OMP_WAIT_POLICY=PASSIVE, or these keep a core busy for some milliseconds after each.
     """
 
     name = "cpp"
@@ -154,7 +155,7 @@ class CppOps:
         tile_bytes = -(-n // 64) * 64 * k * weight.dtype.itemsize
         address = torch.ops.mkldnn.data_ptr(packed)
         is_tiled = torch.ops.mkldnn._nbytes(packed) == tile_bytes and self._is_tiled(
-            is_bf16, weight.contiguous().data_ptr(), address, n, k
+            is_bf16, weight.contiguous().data_ptr(), address, n, k, torch.get_num_threads()
         )
         return PackedWeight(packed, n, k, address if is_tiled and (k % 2 == 0 or not is_bf16) else None)
 

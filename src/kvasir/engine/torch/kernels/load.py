@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from kvasir.engine.torch.kernels.build import KernelsUnavailableError, build
+from kvasir.engine.torch.kernels.compile import KernelsUnavailableError, build
 from kvasir.engine.torch.kernels.cpp_ops import MAX_HEAD_DIM, CppOps
 from kvasir.engine.torch.kernels.ops import Ops
 from kvasir.engine.torch.kernels.torch_ops import TorchOps

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "batch.h"
+#include "pool.h"
 #include "vec.h"
 
 namespace kvasir {
@@ -20,6 +21,8 @@ constexpr int kMaxHeadDim = 256;
 constexpr int kTileRows = 96;
 constexpr int kTileKeys = 512;
 constexpr int kSplitKeys = 1024;
+constexpr int kFewRows = 16;            // K and V come from memory at their own speed: ask for them early
+constexpr int kAhead = 128 / kLanes;    // from the tokens in use to those asked for, in 16s
 constexpr float kHidden = -1e30f;     // a score that no key has: finite, so that differences of two are numbers
 constexpr float kNoKeyYet = -1e20f;   // a maximum below this is of hidden keys only
 
@@ -56,8 +59,9 @@ template <class E> struct Scratch {
     alignas(64) float scores[kMaxRows * kTileKeys];
     alignas(64) unit weights[kMaxRows * kWeightStride];
     Running running[kTileRows];
-    const unit* keys[kTileKeys / kLanes];    // of each 16 tokens of the tile
-    const unit* values[kTileKeys / kLanes];
+    const unit* keys[kTileKeys / kLanes + kAhead];  // of each 16 tokens of the tile and of some after it
+    const unit* values[kTileKeys / kLanes + kAhead];
+    int num_ahead;  // how many of these may be asked for early, from 0 on
 };
 
 // scores[r][0 .. 16 * columns) = q.k of `R` rows against the tile's keys, 16 in a column.
@@ -68,7 +72,8 @@ template <class E, int R> void score_rows(Scratch<E>& s, const Shape& shape, con
         const unit* keys[C];
         UNROLL for (int c = 0; c < C; c++) keys[c] = s.keys[column + c];
         vf acc[R][C] = {};
-        multiply<E, R, C>(acc, queries, Scratch<E>::kQueryStride, keys, block_tokens, units);
+        const int64_t ahead = column + kAhead < s.num_ahead ? s.keys[column + kAhead] - keys[0] : 0;
+        multiply<E, R, C>(acc, queries, Scratch<E>::kQueryStride, keys, block_tokens, units, ahead);
         float* scores = s.scores + column * kLanes;
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int c = 0; c < C; c++) store(scores + r * kTileKeys + c * kLanes, acc[r][c]);
@@ -124,7 +129,8 @@ template <class E, int R> void mix_rows(Scratch<E>& s, const Shape& shape, float
             UNROLL for (int c = 0; c < C; c++) values[c] = s.values[t / kLanes] + first + c * kLanes;
             const unit* weights = s.weights + t / kLanes * kStep;
             const int whole = std::min(kLanes, tokens - t) / E::pair;
-            multiply<E, R, C>(acc, weights, Scratch<E>::kWeightStride, values, dim, whole);
+            const int64_t ahead = t / kLanes + kAhead < s.num_ahead ? s.values[t / kLanes + kAhead] - s.values[t / kLanes] : 0;
+            multiply<E, R, C>(acc, weights, Scratch<E>::kWeightStride, values, dim, whole, ahead);
             if (E::pair == 2 && tokens - t < kLanes && (tokens & 1)) {
                 // the last pair's second token does not exist yet: its bytes may be anything, and 0 * NaN is NaN
                 UNROLL for (int r = 0; r < R; r++)
@@ -180,7 +186,9 @@ template <class E> void attend(Scratch<E>& s, const Shape& shape, const Batch& b
     read_queries<E>(s, shape, item, q);
     for (int start = item.begin; start < item.end; start += kTileKeys) {
         const int num_keys = std::min(kTileKeys, item.end - start);
-        for (int c = 0; c * kLanes < num_keys; c++) {
+        const int num_columns = (std::min(kTileKeys + kAhead * kLanes, item.end - start) + kLanes - 1) / kLanes;
+        s.num_ahead = rows <= kFewRows ? num_columns : 0;
+        for (int c = 0; c < num_columns; c++) {
             const int token = start + c * kLanes, slot = table[token / block_tokens], offset = token % block_tokens;
             s.keys[c] = (const unit*)shape.kv.keys(slot, item.kv_head) + offset;
             s.values[c] = (const unit*)shape.kv.values(slot, item.kv_head) + offset / E::pair * shape.kv.head_dim;
@@ -299,18 +307,12 @@ template <class E> void attention(const void* q, void* out, const Shape& shape, 
     const int num_items = plan.items.size(), num_merges = plan.merges.size(), dim = shape.kv.head_dim;
     Partials partials{{}, (int64_t)plan.max_rows * (dim + 2), dim};
     partials.floats.resize(plan.num_partials * partials.stride);
-#pragma omp parallel num_threads(std::min(threads, num_items)) if (num_items > 1)
-    {
+    parallel_for(num_items, threads, [&](int i) {
         static thread_local Scratch<E> scratch;
-#pragma omp for schedule(dynamic, 1)
-        for (int i = 0; i < num_items; i++) {
-            attend<E>(scratch, shape, batch, plan.items[i], (const scalar*)q);
-            finish<E>(scratch, shape, plan.items[i], partials, (scalar*)out);
-        }
-        // the barrier above stands between the partial sums and their merge
-#pragma omp for schedule(dynamic, 1)
-        for (int i = 0; i < num_merges; i++) merge<E>(shape, plan.merges[i], partials, (scalar*)out);
-    }
+        attend<E>(scratch, shape, batch, plan.items[i], (const scalar*)q);
+        finish<E>(scratch, shape, plan.items[i], partials, (scalar*)out);
+    });
+    parallel_for(num_merges, threads, [&](int i) { merge<E>(shape, plan.merges[i], partials, (scalar*)out); });
 }
 
 }  // namespace

@@ -3,7 +3,9 @@
 //     tiled weight   [ceil(N / 64)][K / pair][64][pair]   64 outputs in lanes, read as it lies (oneDNN's own packing)
 //     plain weight   [N][K]                               K in lanes, summed across lanes at the end
 #include <algorithm>
+#include <atomic>
 
+#include "pool.h"
 #include "vec.h"
 
 namespace kvasir {
@@ -11,18 +13,19 @@ namespace {
 
 constexpr int kTileOutputs = 64;
 constexpr int kTileColumns = kTileOutputs / kLanes;
-constexpr int kDepth = 128;         // units of K at a time: 32 KiB of weights stay in L1 for all rows
+constexpr int kDepth = 32;  // units of K at a time: 8 KiB of weights stay in L1 for all rows
+constexpr int kAhead = 32;  // units of K from those in use to those asked for
 constexpr int kMaxTokens = 64;
 constexpr int kPlainOutputs = 4;
 
 template <class E, int R, int C> void multiply_tile(float* sums, const unit* x, int64_t x_stride, const unit* weight,
-                                                    int units) {
+                                                    int units, int ahead) {
     vf acc[R][C];
     const unit* columns[C];
     UNROLL for (int c = 0; c < C; c++) columns[c] = weight + c * kLanes;
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int c = 0; c < C; c++) acc[r][c] = load<vf>(sums + r * kTileOutputs + c * kLanes);
-    multiply<E, R, C>(acc, x, x_stride, columns, kTileOutputs, units);
+    multiply<E, R, C>(acc, x, x_stride, columns, kTileOutputs, units, ahead * kTileOutputs);
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int c = 0; c < C; c++) store(sums + r * kTileOutputs + c * kLanes, acc[r][c]);
 }
@@ -44,8 +47,7 @@ template <class E> void linear_tiled(const void* x_, const void* weight_, const 
     auto bias = (const scalar*)bias_;
     auto out = (scalar*)out_;
     const int units = k / E::pair, tiles = (n + kTileOutputs - 1) / kTileOutputs;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (tiles > 1)
-    for (int tile = 0; tile < tiles; tile++) {
+    parallel_for(tiles, threads, [&](int tile) {
         alignas(64) float sums[kMaxTokens * kTileOutputs];
         memset(sums, 0, sizeof(float) * tokens * kTileOutputs);
         auto weight = (const unit*)weight_ + (int64_t)tile * units * kTileOutputs;
@@ -58,7 +60,7 @@ template <class E> void linear_tiled(const void* x_, const void* weight_, const 
                     for (int c = 0; c < kTileColumns; c += kMaxCols)
                         multiply_tile<E, decltype(r)::value, kMaxCols>(sums + row * kTileOutputs + c * kLanes,
                                                                        x + (int64_t)row * units + depth, units,
-                                                                       part + c * kLanes, size);
+                                                                       part + c * kLanes, size, row ? kDepth : kAhead);
                 });
                 row += rows;
             }
@@ -66,7 +68,7 @@ template <class E> void linear_tiled(const void* x_, const void* weight_, const 
         const int first = tile * kTileOutputs, outputs = std::min(kTileOutputs, n - first);
         for (int t = 0; t < tokens; t++)
             write_outputs<E>(sums + t * kTileOutputs, bias ? bias + first : nullptr, out + (int64_t)t * n + first, outputs);
-    }
+    });
 }
 
 // sums[r][c] = x row r . weight row c
@@ -78,6 +80,7 @@ template <class E, int R, int C> void dot_rows(const typename E::scalar* x, cons
     for (; i + kStep <= k; i += kStep) {
         vu w[C];
         UNROLL for (int c = 0; c < C; c++) w[c] = load<vu>(weight + (int64_t)c * k + i);
+        UNROLL for (int c = 0; c < C; c++) __builtin_prefetch(weight + (int64_t)(c + C) * k + i);  // the next rows
         UNROLL for (int r = 0; r < R; r++) {
             vu v = load<vu>(x + (int64_t)r * k + i);
             UNROLL for (int c = 0; c < C; c++) acc[r][c] = E::multiply_add(acc[r][c], v, w[c]);
@@ -99,8 +102,7 @@ template <class E> void linear_plain(const void* x_, const void* weight_, const 
     auto bias = (const scalar*)bias_;
     auto out = (scalar*)out_;
     const int strips = (n + kTileOutputs - 1) / kTileOutputs;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (strips > 1)
-    for (int strip = 0; strip < strips; strip++) {
+    parallel_for(strips, threads, [&](int strip) {
         const int end = std::min(n, (strip + 1) * kTileOutputs);
         for (int o = strip * kTileOutputs; o < end; o += kPlainOutputs)
             with_size<kPlainOutputs>(std::min(kPlainOutputs, end - o), [&](auto columns) {
@@ -116,24 +118,23 @@ template <class E> void linear_plain(const void* x_, const void* weight_, const 
                                     E::narrow(sums[r][c] + (bias ? E::widen(bias[o + c]) : 0.0f));
                     });
             });
-    }
+    });
 }
 
-// Whether `tiled` holds exactly `plain` [N][K] in the order that linear_tiled reads, zeros where N is rounded up.
-template <class E> bool is_tiled(const void* plain_, const void* tiled_, int n, int k) {
+// Whether `tiled` holds exactly `plain` [N][K] in the order that linear_tiled reads.
+template <class E> bool is_tiled(const void* plain_, const void* tiled_, int n, int k, int threads) {
     typedef typename E::scalar scalar;
     auto plain = (const scalar*)plain_;
     auto tiled = (const scalar*)tiled_;
-    bool is_same = true;
-#pragma omp parallel for reduction(&& : is_same)
-    for (int o = 0; o < n; o++) {
+    std::atomic<bool> is_same{true};
+    parallel_for(n, threads, [&](int o) {
         const scalar* place = tiled + (int64_t)(o / kTileOutputs) * kTileOutputs * k + o % kTileOutputs * E::pair;
         bool is_row_same = true;
         for (int i = 0; i < k; i++)
             is_row_same &= memcmp(place + (int64_t)(i / E::pair) * kTileOutputs * E::pair + i % E::pair,
                                   plain + (int64_t)o * k + i, sizeof(scalar)) == 0;
-        is_same = is_same && is_row_same;
-    }
+        if (!is_row_same) is_same = false;
+    });
     return is_same;
 }
 
@@ -149,6 +150,6 @@ extern "C" void kvasir_linear(int is_bf16, int is_tiled, const void* x, const vo
     run(x, weight, bias, out, tokens, n, k, threads);
 }
 
-extern "C" int kvasir_is_tiled(int is_bf16, const void* plain, const void* tiled, int n, int k) {
-    return (is_bf16 ? is_tiled<Bf16> : is_tiled<F32>)(plain, tiled, n, k);
+extern "C" int kvasir_is_tiled(int is_bf16, const void* plain, const void* tiled, int n, int k, int threads) {
+    return (is_bf16 ? is_tiled<Bf16> : is_tiled<F32>)(plain, tiled, n, k, threads);
 }

@@ -1,10 +1,15 @@
 // RMSNorm, the same with a residual added first, and silu(gate) * up: row by row, float32 inside.
+#include <algorithm>
+
+#include "pool.h"
 #include "vec.h"
 
 namespace kvasir {
 namespace {
 
-constexpr int64_t kSerialElements = 1 << 15;  // below this one core is done before a second one wakes
+constexpr int kSerialElements = 1 << 14;  // one core has done these before a second one wakes
+
+inline int rows_at_a_time(int width) { return std::max(1, kSerialElements / width); }
 
 template <class E> void scale_row(const typename E::scalar* x, const typename E::scalar* weight, typename E::scalar* out,
                                   int width, float factor) {
@@ -43,31 +48,33 @@ template <class E> void rms_norm(const void* x_, void* residual_, const void* we
     auto residual = (scalar*)residual_;
     auto weight = (const scalar*)weight_;
     auto out = (scalar*)out_;
-#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if ((int64_t)rows * width > kSerialElements)
-    for (int r = 0; r < rows; r++) {
-        const scalar* row = x + (int64_t)r * width;
-        if (residual) {
-            add_row<E>(row, residual + (int64_t)r * width, width);
-            row = residual + (int64_t)r * width;
+    parallel_rows(rows, rows_at_a_time(width), threads, [&](int first, int last) {
+        for (int r = first; r < last; r++) {
+            const scalar* row = x + (int64_t)r * width;
+            if (residual) {
+                add_row<E>(row, residual + (int64_t)r * width, width);
+                row = residual + (int64_t)r * width;
+            }
+            float factor = 1.0f / std::sqrt(square_sum<E>(row, width) / width + eps);
+            scale_row<E>(row, weight, out + (int64_t)r * width, width, factor);
         }
-        float factor = 1.0f / std::sqrt(square_sum<E>(row, width) / width + eps);
-        scale_row<E>(row, weight, out + (int64_t)r * width, width, factor);
-    }
+    });
 }
 
 template <class E> void silu_mul(const void* gate_up_, void* out_, int rows, int width, int threads) {
     typedef typename E::scalar scalar;
     constexpr float kLog2e = 1.44269504f;
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if ((int64_t)rows * width > kSerialElements)
-    for (int r = 0; r < rows; r++) {
-        auto gate = (const scalar*)gate_up_ + (int64_t)r * 2 * width;
-        auto up = gate + width;
-        auto out = (scalar*)out_ + (int64_t)r * width;
-        auto silu = [&](vf g) { return g / (exp2<E::exp2_degree>(min(g * -kLog2e, splat(128.0f))) + 1.0f); };
-        int i = 0;
-        for (; i + kLanes <= width; i += kLanes) E::store16(out + i, silu(E::load16(gate + i)) * E::load16(up + i));
-        for (; i < width; i++) out[i] = E::narrow(silu(splat(E::widen(gate[i])))[0] * E::widen(up[i]));
-    }
+    auto silu = [](vf g) { return g / (exp2<E::exp2_degree>(min(g * -kLog2e, splat(128.0f))) + 1.0f); };
+    parallel_rows(rows, rows_at_a_time(width), threads, [&](int first, int last) {
+        for (int r = first; r < last; r++) {
+            auto gate = (const scalar*)gate_up_ + (int64_t)r * 2 * width;
+            auto up = gate + width;
+            auto out = (scalar*)out_ + (int64_t)r * width;
+            int i = 0;
+            for (; i + kLanes <= width; i += kLanes) E::store16(out + i, silu(E::load16(gate + i)) * E::load16(up + i));
+            for (; i < width; i++) out[i] = E::narrow(silu(splat(E::widen(gate[i])))[0] * E::widen(up[i]));
+        }
+    });
 }
 
 }  // namespace

@@ -1,12 +1,13 @@
 // Split fused qkv, normalise q and k per head, rotate them, and write K and V to their places in the arena.
 #include "batch.h"
+#include "pool.h"
 #include "vec.h"
 
 namespace kvasir {
 namespace {
 
 constexpr int kMaxHeadDim = 256;
-constexpr int kSerialTokens = 8;
+constexpr int kTokensAtATime = 16;
 
 struct Rotary {
     const float *cos, *sin;  // [max_position][half]
@@ -53,22 +54,23 @@ template <class E> void rope_and_store(const void* qkv_, void* q_out_, const Bat
                                        int threads) {
     typedef typename E::scalar scalar;
     const int dim = kv.head_dim;
-#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (batch.num_tokens > kSerialTokens)
-    for (int t = 0; t < batch.num_tokens; t++) {
-        alignas(64) float head[kMaxHeadDim];
-        const int position = batch.positions[t], slot = batch.slots[t], offset = batch.offsets[t];
-        auto x = (const scalar*)qkv_ + (int64_t)t * (heads + 2 * kv.kv_heads) * dim;
-        auto q_out = (scalar*)q_out_ + (int64_t)t * heads * dim;
-        for (int h = 0; h < heads; h++, x += dim) {
-            read_head<E>(x, dim, (const scalar*)q_norm, eps, rotary, position, head);
-            for (int i = 0; i < dim; i += kLanes) E::store16(q_out + h * dim + i, load<vf>(head + i));
+    parallel_rows(batch.num_tokens, kTokensAtATime, threads, [&](int first, int last) {
+        for (int t = first; t < last; t++) {
+            alignas(64) float head[kMaxHeadDim];
+            const int position = batch.positions[t], slot = batch.slots[t], offset = batch.offsets[t];
+            auto x = (const scalar*)qkv_ + (int64_t)t * (heads + 2 * kv.kv_heads) * dim;
+            auto q_out = (scalar*)q_out_ + (int64_t)t * heads * dim;
+            for (int h = 0; h < heads; h++, x += dim) {
+                read_head<E>(x, dim, (const scalar*)q_norm, eps, rotary, position, head);
+                for (int i = 0; i < dim; i += kLanes) E::store16(q_out + h * dim + i, load<vf>(head + i));
+            }
+            for (int h = 0; h < kv.kv_heads; h++, x += dim) {
+                read_head<E>(x, dim, (const scalar*)k_norm, eps, rotary, position, head);
+                write_key<E>((scalar*)kv.keys(slot, h), kv, offset, head);
+            }
+            for (int h = 0; h < kv.kv_heads; h++, x += dim) write_value<E>((scalar*)kv.values(slot, h), kv, offset, x);
         }
-        for (int h = 0; h < kv.kv_heads; h++, x += dim) {
-            read_head<E>(x, dim, (const scalar*)k_norm, eps, rotary, position, head);
-            write_key<E>((scalar*)kv.keys(slot, h), kv, offset, head);
-        }
-        for (int h = 0; h < kv.kv_heads; h++, x += dim) write_value<E>((scalar*)kv.values(slot, h), kv, offset, x);
-    }
+    });
 }
 
 }  // namespace

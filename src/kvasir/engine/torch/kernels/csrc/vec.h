@@ -141,18 +141,20 @@ struct Bf16 {
 };
 
 // acc[r][c] += sum over k of a[r * a_stride + k] * b[c][k * b_stride + lane]: rows broadcast, columns in lanes.
+// With `ahead` (in units) the columns' data that far ahead is asked for meanwhile: hardware stops at each page's end.
 template <class E, int R, int C>
 inline __attribute__((always_inline)) void multiply(vf (&acc)[R][C], const unit* a, int64_t a_stride,
-                                                    const unit* const (&b)[C], int64_t b_stride, int n) {
+                                                    const unit* const (&b)[C], int64_t b_stride, int n,
+                                                    int64_t ahead = 0) {
     for (int k = 0; k < n; k++) {
         vu col[C];
-UNROLL
-        for (int c = 0; c < C; c++) col[c] = load<vu>(b[c] + k * b_stride);
-UNROLL
-        for (int r = 0; r < R; r++) {
+        UNROLL for (int c = 0; c < C; c++) col[c] = load<vu>(b[c] + k * b_stride);
+        if (ahead) {
+            UNROLL for (int c = 0; c < C; c++) __builtin_prefetch(b[c] + k * b_stride + ahead);
+        }
+        UNROLL for (int r = 0; r < R; r++) {
             vu row = vu{} + a[r * a_stride + k];
-UNROLL
-            for (int c = 0; c < C; c++) acc[r][c] = E::multiply_add(acc[r][c], row, col[c]);
+            UNROLL for (int c = 0; c < C; c++) acc[r][c] = E::multiply_add(acc[r][c], row, col[c]);
         }
     }
 }
