@@ -15,7 +15,7 @@ import msgspec
 
 from kvasir.cluster.hub import Hub, pool_name
 from kvasir.cluster.instance import InstanceBody
-from kvasir.cluster.messages import FromInstance, FromNode, ToInstance
+from kvasir.cluster.messages import FromInstance, FromNode, Message, ToInstance
 from kvasir.cluster.pool_client import connect_pool
 from kvasir.cluster.pool_host import PoolHost
 from kvasir.cluster.pool_messages import FromPool, PoolCall, PoolReply, ToPool
@@ -23,6 +23,7 @@ from kvasir.cluster.pool_process import PoolBody
 from kvasir.cluster.service import Submission
 from kvasir.cluster.wire_memory import MemoryChannel, MemoryListener
 from kvasir.core.events import InstanceInfo
+from kvasir.core.pool_events import PoolEvent
 from kvasir.core.request import Role, Sampling
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
 from kvasir.costs.shape import ModelShape
@@ -93,7 +94,7 @@ async def cluster(
     roles: dict[str, Role], *, num_slots: int = 512, policy: str = "mooncake", chunk_tokens: int = 64, max_batch: int = 16
 ) -> AsyncIterator[Cluster]:
     clock = asyncio.get_running_loop().time
-    to_hub: MemoryListener[FromNode, ToInstance | ToPool] = MemoryListener(msgspec.msgpack.Decoder(FromNode))
+    to_hub: MemoryListener[FromNode, Message | PoolEvent] = MemoryListener(msgspec.msgpack.Decoder(FromNode))
     to_pool: MemoryListener[PoolCall, PoolReply] = MemoryListener(msgspec.msgpack.Decoder(PoolCall))
     conductor = Conductor(
         ConductorConfig(kv_bytes_per_token=SHAPE.kv_bytes_per_token, block_tokens=BLOCK),
@@ -111,14 +112,15 @@ async def cluster(
     async def take() -> None:
         while True:
             peer, message = await to_hub.recv()
-            hub.take(peer, message)  # type: ignore[arg-type]
+            hub.take(peer, message)
 
     async def instance(name: str, role: Role, epoch: int) -> None:
         info = InstanceInfo(name, role, NODE, epoch, num_slots * BLOCK, max_batch)
         channel: MemoryChannel[ToInstance, FromInstance] = MemoryChannel(to_hub, name, msgspec.msgpack.Decoder(ToInstance))
         calls: MemoryChannel[PoolReply, PoolCall] = MemoryChannel(to_pool, name, msgspec.msgpack.Decoder(PoolReply))
         batcher = Batcher(
-            BatcherConfig(block_tokens=BLOCK, max_batch=max_batch, max_step_tokens=chunk_tokens, stash_pages=4, starve_s=60.0), COSTS
+            BatcherConfig(block_tokens=BLOCK, max_batch=max_batch, max_step_tokens=chunk_tokens, stash_pages=4, starve_s=60.0),
+            COSTS,
         )
         found.batchers[name] = batcher
         engine = FakeEngine(SPEC, COSTS)
@@ -186,5 +188,3 @@ def expected(prompt: list[int], max_tokens: int) -> list[int]:
 
 async def _no_sleep(seconds: float) -> None:
     return None
-
-

@@ -15,7 +15,13 @@ from tests.cluster.harness import BLOCK, Cluster, answer, cluster, expected, sub
 from tests.cluster.virtual_time import run_virtual
 
 SPLIT = {"prefill-0": Role.PREFILL, "decode-0": Role.DECODE}
-MANY = {"prefill-0": Role.PREFILL, "prefill-1": Role.PREFILL, "decode-0": Role.DECODE, "decode-1": Role.DECODE, "mixed-0": Role.MIXED}
+MANY = {
+    "prefill-0": Role.PREFILL,
+    "prefill-1": Role.PREFILL,
+    "decode-0": Role.DECODE,
+    "decode-1": Role.DECODE,
+    "mixed-0": Role.MIXED,
+}
 
 
 def prompt_of(seed: int, length: int) -> list[int]:
@@ -71,7 +77,7 @@ def test_another_salt_never_hits() -> None:
 async def ask(hub: Hub, asked: Submission, give_up_after: int | None) -> list[int]:
     """An answer, or its beginning when the client goes away after some tokens."""
     tokens: list[int] = []
-    async with aclosing(hub.submit(asked)) as outputs:  # type: ignore[type-var]
+    async with aclosing(hub.submit(asked)) as outputs:
         async for output in outputs:
             tokens += [token.token for token in output.tokens]
             if give_up_after is not None and len(tokens) >= give_up_after:
@@ -136,12 +142,42 @@ def test_instances_die_and_come_back_and_every_stream_goes_on(seed: int) -> None
     run_virtual(scenario())
 
 
-def test_a_request_that_can_never_be_answered_fails_instead_of_hanging() -> None:
+def test_a_request_that_arrives_when_nobody_can_decode_fails_at_once() -> None:
     async def scenario() -> None:
         async with cluster(SPLIT) as found:
             found.kill("decode-0")
             with pytest.raises(RequestFailed, match="decode"):
                 await answer(found.hub, submission("r", prompt_of(6, 50), 10))
+            found.conductor.check()
+
+    run_virtual(scenario())
+
+
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
+@pytest.mark.parametrize("after_s", [0.004, 0.05])
+def test_a_stream_waits_for_its_only_instance_to_come_back(victim: str, after_s: float) -> None:
+    async def scenario() -> None:
+        async with cluster(SPLIT) as found:
+            prompt = prompt_of(8, 100)
+            asked = asyncio.create_task(answer(found.hub, submission("r", prompt, 60)))
+            await asyncio.sleep(after_s)
+            found.kill(victim)
+            await asyncio.sleep(5.0)
+            found.start(victim, SPLIT[victim], 2)
+            assert (await asked)[0] == expected(prompt, 60)
+            await settled(found)
+
+    run_virtual(scenario())
+
+
+def test_a_stream_fails_when_its_only_instance_never_comes_back() -> None:
+    async def scenario() -> None:
+        async with cluster(SPLIT) as found:
+            asked = asyncio.create_task(answer(found.hub, submission("r", prompt_of(9, 100), 60)))
+            await asyncio.sleep(0.05)
+            found.kill("decode-0")
+            with pytest.raises(RequestFailed, match="no decode instance came back"):
+                await asked
             found.conductor.check()
 
     run_virtual(scenario())

@@ -34,9 +34,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["1P+1D", "1M"])
 def cluster(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[RealCluster]:
-    roles = {"prefill": 1, "decode": 1} if request.param == "1P+1D" else {"mixed": 1}
+    prefill, decode, mixed = (1, 1, 0) if request.param == "1P+1D" else (0, 0, 1)
     config = ServeConfig(
-        model=str(checkpoint), dtype="float32", block_tokens=BLOCK, dram="64MiB", chunk_tokens=48, max_batch=16, log_level="warning", **roles
+        model=str(checkpoint),
+        dtype="float32",
+        block_tokens=BLOCK,
+        dram="64MiB",
+        prefill=prefill,
+        decode=decode,
+        mixed=mixed,
+        chunk_tokens=48,
+        max_batch=16,
+        log_level="warning",
     )
     with real_cluster(config) as found:
         yield found
@@ -52,7 +61,9 @@ def plain(reference: Any, prompt: list[int], count: int = OUTPUT) -> list[int]:
     """Greedy decoding by transformers, nothing else."""
     with torch.no_grad():
         ids = torch.tensor([prompt])
-        out = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=None)
+        out = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=None
+        )
     tokens: list[int] = out[0, len(prompt) :].tolist()
     return tokens
 
@@ -111,7 +122,7 @@ def test_concurrent_requests_of_all_lengths(cluster: RealCluster, reference: Any
 def test_clients_that_go_away_free_their_blocks(cluster: RealCluster) -> None:
     async def go_away(number: int) -> None:
         asked = greedy(f"gone-{number}", prompt_of(200 + number, 60), 400)
-        async with aclosing(cluster.hub.submit(asked)) as outputs:  # type: ignore[type-var]
+        async with aclosing(cluster.hub.submit(asked)) as outputs:
             async for _ in outputs:
                 if number % 3:
                     break

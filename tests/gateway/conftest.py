@@ -3,7 +3,7 @@
 import asyncio
 import io
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import httpx
@@ -79,7 +79,7 @@ class FakeService:
     finished: list[str] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
 
-    async def submit(self, submission: Submission) -> AsyncIterator[Output]:
+    async def submit(self, submission: Submission) -> AsyncGenerator[Output, None]:
         self.submitted.append(submission)
         try:
             for step in self.script(submission):

@@ -129,7 +129,7 @@ class BatcherMachine(RuleBasedStateMachine):
         for _ in range(5000):
             if not self.runs and self.asked is None:
                 break
-            self.now += 0.01
+            self.now += 0.5
             if self.step is not None:
                 self._step_done(set())
             elif self.asked is not None:

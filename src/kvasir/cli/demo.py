@@ -42,7 +42,9 @@ def demo(
     Nothing is needed but this package: the model is the built-in one.
     """
     port = _free_port()
-    with _server(["--port", str(port), "--prefill", "1", "--decode", "1", "--dram", "2GiB"], port) as url:
+    with _server(
+        ["--port", str(port), "--prefill", "1", "--decode", "1", "--dram", "2GiB", "--log-level", "warning"], port
+    ) as url:
         _chat(url)
         _say("A slice of conversation traffic, open loop, lengths scaled to this machine:")
         _replay(url, requests, speed)
@@ -92,7 +94,8 @@ def _chat(url: str) -> None:
         messages.append({"role": "assistant", "content": answer})
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         _say(
-            f"[dim]first token after {ttft_s * 1e3:.0f} ms; {usage['prompt_tokens']} prompt tokens, {cached} of them from cache[/dim]"
+            f"[dim]first token after {ttft_s * 1e3:.0f} ms; "
+            f"{usage['prompt_tokens']} prompt tokens, {cached} of them from cache[/dim]"
         )
 
 
@@ -103,7 +106,8 @@ def _stream(url: str, messages: list[dict[str, str]]) -> tuple[str, dict[str, An
     started = time.monotonic()
     _console.print("[bold]kvasir:[/bold] ", end="")
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60.0) as response:
-        response.raise_for_status()
+        if response.status_code != 200:
+            raise ClusterError(f"the chat was answered with status {response.status_code}: {response.read().decode()}")
         for line in response.iter_lines():
             if not line.startswith("data: {"):
                 continue

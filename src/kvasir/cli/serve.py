@@ -36,6 +36,8 @@ from kvasir.scheduling.policies import POLICIES
 from kvasir.telemetry import logs
 
 READY_DEADLINE_S = 600.0
+DRAIN_S = 5.0
+"""How long answers that run may go on after the first Ctrl-C; a second one ends everything at once."""
 
 
 @with_options(options_of(ServeConfig, but=("model",)))
@@ -68,7 +70,8 @@ async def run_server(config: ServeConfig) -> None:
     cluster = LocalCluster(config, spec, costs, _hub_maker(config, spec, costs), on_progress=screen.progress)
     gateway = GatewayConfig(served_model_name=spec.name, api_keys=tuple(config.api_key))
     app = make_app(cluster.hub, Tokenizer.load(spec.path), gateway)
-    async with serve_http(app, config.host, config.port) as port, cluster.running():
+    # in this order, so that answers that run may end before the cluster does
+    async with cluster.running(), serve_http(app, config.host, config.port, stop_timeout_s=DRAIN_S) as port:
         await _first_of(cluster.ready(READY_DEADLINE_S), stop.wait())
         if not stop.is_set():
             screen.ready(cluster, port)
@@ -138,11 +141,8 @@ class _Screen:
         self._console.print(text)
 
     def model(self, spec: ModelSpec) -> None:
-        shape = spec.shape
-        kv = format_size(shape.kv_bytes_per_token)
-        self.say(
-            f"[bold]{spec.name}[/bold]: {spec.architecture}, {shape.num_params / 1e6:.0f}M parameters, {spec.dtype}, {kv} of KV a token"
-        )
+        size, kv = f"{spec.shape.num_params / 1e6:.0f}M parameters", format_size(spec.shape.kv_bytes_per_token)
+        self.say(f"[bold]{spec.name}[/bold]: {spec.architecture}, {size}, {spec.dtype}, {kv} of KV a token")
         prefill, decode, mixed = self._config.roles
         self.say(f"starting pool ({self._config.dram} DRAM) and instances: {prefill} prefill, {decode} decode, {mixed} mixed")
         if self._status is not None:
@@ -157,6 +157,6 @@ class _Screen:
         config = self._config
         tokens = cluster.num_slots * config.block_tokens
         self.say(f"pool holds {tokens:,} tokens in {cluster.num_slots:,} blocks of {config.block_tokens}")
-        self.say(
-            f"[bold green]ready[/bold green] after {time.monotonic() - self._started:.1f} s: http://{config.host}:{port}/v1  (docs at /docs, metrics at /metrics, Ctrl-C stops)"
-        )
+        seconds = time.monotonic() - self._started
+        self.say(f"[bold green]ready[/bold green] after {seconds:.1f} s: http://{config.host}:{port}/v1")
+        self.say("docs at /docs, metrics at /metrics; Ctrl-C stops everything")

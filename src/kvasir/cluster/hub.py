@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -126,7 +126,7 @@ class Hub:
     def spec(self) -> ModelSpec:
         return self._spec
 
-    async def submit(self, submission: Submission) -> AsyncIterator[Output]:
+    async def submit(self, submission: Submission) -> AsyncGenerator[Output, None]:
         now = self._clock()
         request_id = submission.request_id
         if request_id in self._live:

@@ -2,7 +2,8 @@
 
 The parent holds the write end of a pipe, each child the read end. When the parent ends, however it ends, the kernel closes
 the pipe; the child's watcher thread sees it even while the event loop is busy, asks for a clean stop, and ends the process
-when the stop takes longer than its grace. PR_SET_PDEATHSIG says the same by signal, at once.
+when the stop takes longer than its grace. (PR_SET_PDEATHSIG would add nothing but a race: its signal comes a moment after the
+pipe's end and kills a child that is cleaning up; it also takes the death of the forking thread for the parent's.)
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import os
 import select
 import shutil
@@ -29,8 +29,6 @@ from kvasir.core.errors import ConfigError
 
 GRACE_S = 1.0
 """How long a child may take to stop cleanly once its parent is gone."""
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 ConfigT = TypeVar("ConfigT")
 
@@ -54,7 +52,6 @@ async def start_process(
     """Start `python -m module` as a child that reads its config from stdin; `env` is added to this process's own.
 
     It gets a process group of its own, so that Ctrl-C reaches the parent alone, which then stops its children in order.
-    Call it from the thread that lives longest: the kernel takes the death of that thread for the death of the parent.
     """
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -86,50 +83,54 @@ def child_config(config_type: type[ConfigT], argv: list[str] | None = None) -> t
         raise ConfigError(f"not a {config_type.__name__}: {error}") from error
 
 
-def run_child(main: Callable[[], Coroutine[None, None, None]], lifeline_fd: int | None, *, grace_s: float = GRACE_S) -> None:
-    """Run `main` to its end, or cancel it on SIGTERM or when the parent is gone; then the process has `grace_s` to end."""
-    with asyncio.Runner() as runner:
-        runner.run(_until_stopped(main, lifeline_fd, grace_s))
+def run_child(
+    main: Callable[[], Coroutine[None, None, None]],
+    lifeline_fd: int | None,
+    *,
+    grace_s: float = GRACE_S,
+    when_orphaned: Callable[[], None] = lambda: None,
+) -> None:
+    """Run `main` to its end, or cancel it on SIGTERM or when the parent is gone; then the process has `grace_s` to end.
+
+    `when_orphaned` is called last, from either thread, if the parent is gone.
+    """
+    try:
+        with asyncio.Runner() as runner:
+            runner.run(_until_stopped(main, lifeline_fd, lambda: _end(grace_s, when_orphaned)))
+    finally:
+        if lifeline_fd is not None and _is_closed(lifeline_fd):
+            when_orphaned()
 
 
-def is_orphaned(lifeline_fd: int | None) -> bool:
-    """Whether the parent is gone."""
-    if lifeline_fd is None:
-        return False
-    poll = select.poll()
-    poll.register(lifeline_fd, 0)
-    return bool(poll.poll(0))  # a hang-up needs no asking for
-
-
-async def _until_stopped(main: Callable[[], Coroutine[None, None, None]], lifeline_fd: int | None, grace_s: float) -> None:
+async def _until_stopped(
+    main: Callable[[], Coroutine[None, None, None]], lifeline_fd: int | None, end: Callable[[], None]
+) -> None:
     loop = asyncio.get_running_loop()
     task = asyncio.ensure_future(main())
     loop.add_signal_handler(signal.SIGTERM, task.cancel)
-    if lifeline_fd is not None:
-        _signal_on_parent_death()
 
-        def stop() -> None:
+    def watch(fd: int) -> None:
+        os.read(fd, 1)  # nobody ever writes: it returns when the last write end is closed
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process is on its way out
             loop.call_soon_threadsafe(task.cancel)
+        end()
 
-        threading.Thread(target=_watch, args=(lifeline_fd, stop, grace_s), name="lifeline", daemon=True).start()
-    try:
+    if lifeline_fd is not None:
+        threading.Thread(target=watch, args=(lifeline_fd,), name="lifeline", daemon=True).start()
+    with contextlib.suppress(asyncio.CancelledError):
         await task
-    except asyncio.CancelledError:
-        return
 
 
-def _watch(lifeline_fd: int, stop: Callable[[], None], grace_s: float) -> None:
-    os.read(lifeline_fd, 1)  # nobody ever writes: it returns when the last write end is closed
-    deadline = time.monotonic() + grace_s
-    with contextlib.suppress(RuntimeError):  # the loop is closed: the process is on its way out
-        stop()
-    time.sleep(max(0.0, deadline - time.monotonic()))
+def _end(grace_s: float, when_orphaned: Callable[[], None]) -> None:
+    time.sleep(grace_s)
+    when_orphaned()
     os._exit(1)
 
 
-def _signal_on_parent_death() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def _is_closed(lifeline_fd: int) -> bool:
+    poll = select.poll()
+    poll.register(lifeline_fd, 0)
+    return bool(poll.poll(0))  # a hang-up is reported without being asked for
 
 
 def remove_runtime_directory(directory: Path) -> None:

@@ -13,7 +13,7 @@ import msgspec
 import structlog
 from msgspec import Struct
 
-from kvasir.cluster.lifeline import child_config, is_orphaned, remove_runtime_directory, run_child
+from kvasir.cluster.lifeline import child_config, remove_runtime_directory, run_child
 from kvasir.cluster.messages import PoolReport, Shutdown
 from kvasir.cluster.pool_host import PoolHost
 from kvasir.cluster.pool_messages import FromPool, PoolCall, PoolReply, Resync, ToPool
@@ -36,7 +36,7 @@ CHECK_S = 5.0
 class PoolConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """`listen` is where instances connect, `hub` where the hub listens, which knows this process as `name`.
 
-    `runtime_directory` is removed at the end when nobody else is left to do it; None leaves it alone.
+    `runtime_directory` is removed at the end when the parent is gone and cannot do it; None leaves it alone.
     """
 
     name: str
@@ -161,14 +161,16 @@ async def serve(config: PoolConfig) -> None:
 
 def main() -> None:
     config, lifeline = child_config(PoolConfig)
+
+    def remove_sockets() -> None:
+        if config.runtime_directory is not None:
+            remove_runtime_directory(Path(config.runtime_directory))
+
     try:
-        run_child(lambda: serve(config), lifeline)
+        run_child(lambda: serve(config), lifeline, when_orphaned=remove_sockets)
     except KvasirError as error:
         print(f"kvasir: {config.name}: {error}", file=sys.stderr)
         sys.exit(BAD_SETUP_EXIT)
-    finally:
-        if config.runtime_directory is not None and is_orphaned(lifeline):
-            remove_runtime_directory(Path(config.runtime_directory))
 
 
 if __name__ == "__main__":

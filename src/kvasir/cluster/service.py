@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -78,7 +78,7 @@ class Service(Protocol):
     @property
     def spec(self) -> ModelSpec: ...
 
-    def submit(self, submission: Submission) -> AsyncIterator[Output]:
+    def submit(self, submission: Submission) -> AsyncGenerator[Output, None]:
         """Tokens as they come. Raises Rejected before the first or RequestFailed at any time.
 
         An async generator: closing it (`aclose`, or cancelling its reader) aborts the request and releases all that it holds.

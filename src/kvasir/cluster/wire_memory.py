@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import Generic
+from typing import Generic, Protocol
 
 import msgspec
 
@@ -60,10 +60,20 @@ class MemoryListener(Generic[In, Out]):
         return True
 
 
-class MemoryChannel(Generic[In, Out]):
-    """A peer of a MemoryListener, which may speak other message types than this end's."""
+class Port(Protocol):
+    """What a channel needs of a listener; like a socket, it does not know which messages go through."""
 
-    def __init__(self, listener: MemoryListener[Out, In], name: str, decoder: msgspec.msgpack.Decoder[In]):
+    def attach(self, name: str) -> _Queue[bytes]: ...
+
+    def detach(self, name: str, queue: _Queue[bytes]) -> None: ...
+
+    def deliver(self, name: str, payload: bytes) -> bool: ...
+
+
+class MemoryChannel(Generic[In, Out]):
+    """A peer of a MemoryListener, which may know more message types than this end does."""
+
+    def __init__(self, listener: Port, name: str, decoder: msgspec.msgpack.Decoder[In]):
         self._listener = listener
         self._name = name
         self._queue = listener.attach(name)

@@ -51,8 +51,8 @@ class FakeEngine:
         self._slots = None
 
     def _seconds(self, slices: Sequence[SequenceSlice]) -> float:
-        decodes = [s for s in slices if len(s.tokens) == 1 and s.start > 0]
-        prefill_s = sum(self._costs.prefill_s(len(s.tokens), s.start) for s in slices if s not in decodes)
+        decodes = [s for s in slices if _is_decode(s)]
+        prefill_s = sum(self._costs.prefill_s(len(s.tokens), s.start) for s in slices if not _is_decode(s))
         if not decodes:
             return prefill_s
         return prefill_s + self._costs.decode_step_s(len(decodes), sum(s.start + 1 for s in decodes))
@@ -83,3 +83,7 @@ class FakeEngine:
         if self._slots is None:
             raise RuntimeError("step: expected an open engine with an arena attached")
         return self._slots
+
+
+def _is_decode(s: SequenceSlice) -> bool:
+    return len(s.tokens) == 1 and s.start > 0

@@ -45,9 +45,14 @@ class ChatTemplate:
         try:
             return self._template.render(variables)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            # a template may name a message's content in its own error, and an error must not carry a prompt
-            what = str(error) if isinstance(error, _TemplateObjected) and len(str(error)) < 200 else type(error).__name__
+            what = str(error) if _is_harmless(error, messages) else type(error).__name__
             raise RequestError(f"the model's chat template refuses these messages: {what}", param="messages") from None
+
+
+def _is_harmless(error: Exception, messages: Sequence[Message]) -> bool:
+    """True for what a template says on purpose without quoting a message: an error must not carry a prompt."""
+    contents = [str(content) for message in messages if (content := message.get("content"))]
+    return isinstance(error, _TemplateObjected) and not any(content in str(error) for content in contents)
 
 
 def load_chat_template(config: Mapping[str, object], override: str | None) -> ChatTemplate | None:

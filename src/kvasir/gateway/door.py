@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import MutableMapping
 from time import monotonic
+from traceback import extract_tb
 from typing import Any
 from uuid import uuid4
 
@@ -22,6 +23,10 @@ _CLIENT_GONE = 499
 """nginx's status for a client that closed its connection; only our log sees it."""
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+class CutShort(Exception):
+    """The response has begun and cannot be completed: raised so that the server cuts the connection and the client can tell."""
 
 
 class Door:
@@ -56,9 +61,11 @@ class Door:
         reply = reply_to(error)
         exchange.code = reply.code
         if reply.status == 500:
-            self._log.error("internal error", id=exchange.id, exc_info=error)
+            # where, but not the message: an exception may quote what it choked on, and that may be a prompt
+            where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in extract_tb(error.__traceback__)]
+            self._log.error("internal error", id=exchange.id, error=type(error).__name__, where=where)
         if exchange.status is not None:
-            raise error  # the response has begun: the server cuts the connection, so that the client can tell
+            raise CutShort from None
         await reply.send(send)
 
     def _note(self, scope: Scope, exchange: Exchange) -> None:

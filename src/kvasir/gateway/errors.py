@@ -71,6 +71,8 @@ def reply_to_status(status: int, *, method: str, path: str, headers: dict[str, s
 
 
 def _rejection(reject: Reject) -> ErrorReply:
+    if reject.code == "too_large":
+        return ErrorReply(400, _error(reject.message, 400, code=reject.code, param="max_tokens"))
     decision = reject.decision
     why = {"policy": decision.policy, "reason": decision.reason, "ttft_s": decision.ttft_s, "tbt_s": decision.tbt_s}
     error = _error(reject.message, 429, code=reject.code) | {"retry_after_s": reject.retry_after_s, "decision": why}

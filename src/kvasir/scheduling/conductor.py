@@ -14,7 +14,7 @@ from kvasir.costs.model import CostModel
 from kvasir.pool.directory import BlockDirectory
 from kvasir.scheduling.admission import Admission, Off, Refusal
 from kvasir.scheduling.fleet import Fleet, Instance
-from kvasir.scheduling.placed import Placed, State
+from kvasir.scheduling.placed import Homeless, Placed, State
 from kvasir.scheduling.placer import ConductorConfig, Placer, Proposal
 from kvasir.scheduling.policies.interface import Placement
 
@@ -38,6 +38,7 @@ class Conductor:
             config, costs, policy=policy, admission=admission or Off(), rng=rng, fleet=self._fleet, directory=self._directory
         )
         self._requests: dict[str, Placed] = {}
+        self._homeless: dict[str, Homeless] = {}
         self._num_prefilling = 0
         self.counters: Counter[str] = Counter()
 
@@ -80,7 +81,7 @@ class Conductor:
 
     @property
     def num_requests(self) -> int:
-        return len(self._requests)
+        return len(self._requests) + len(self._homeless)
 
     @property
     def instances(self) -> tuple[Instance, ...]:
@@ -110,12 +111,16 @@ class Conductor:
         lost = sorted({placed.holder for placed in self._requests.values() if placed.holder not in self._fleet})
         if lost:
             raise InvariantError(f"requests are held by instances that are gone: {lost}")
+        if self._homeless and self._fleet.missing_role is None:
+            raise InvariantError(f"requests wait for an instance though there is one: {sorted(self._homeless)}")
+        if both := sorted(self._requests.keys() & self._homeless.keys()):
+            raise InvariantError(f"requests are placed and wait to be placed: {both}")
 
     # --- requests ---
 
     def _arrived(self, request: Request, now: float) -> list[Command]:
-        if request.id in self._requests:
-            raise InvariantError(f"{request.id} arrived twice: {self._requests[request.id]}")
+        if request.id in self._requests or request.id in self._homeless:
+            raise InvariantError(f"{request.id} arrived twice")
         self.counters["arrived"] += 1
         if self._fleet.missing_role is not None:
             return [self._fail(request.id, "no_instance", f"no {self._fleet.missing_role} instance is up")]
@@ -130,7 +135,8 @@ class Conductor:
     def _request_event(self, event: RequestEvent, now: float) -> list[Command]:
         placed = self._requests.get(event.request_id)
         if placed is None:
-            self.counters["late_events"] += 1
+            is_homeless = isinstance(event, ev.Aborted) and self._homeless.pop(event.request_id, None) is not None
+            self.counters["aborted" if is_homeless else "late_events"] += 1
             return []
         is_stale = not isinstance(event, ev.Aborted) and event.instance != placed.holder
         handler = None if is_stale else _TABLE[placed.state, type(event)]
@@ -142,8 +148,7 @@ class Conductor:
     def _prefill_done(self, placed: Placed, event: RequestEvent, now: float) -> list[Command]:
         request = placed.request
         if placed.decode is None and self._fleet.missing_role == "decode":
-            self._forget(placed, now)
-            return [Cancel(request.id, placed.prefill), self._fail(request.id, "no_instance", "no decode instance is left")]
+            return [Cancel(request.id, placed.prefill), *self._place_again(placed, "there was nobody to decode", now)]
         self._prefill_over(placed, now)
         decode = placed.decode
         if decode is None:
@@ -165,18 +170,41 @@ class Conductor:
     def _failed(self, placed: Placed, event: RequestEvent, now: float) -> list[Command]:
         assert isinstance(event, ev.Failed)
         placed.failed_on |= {event.instance}
-        return [self._place_again(placed, f"{event.instance}: {event.error}", now)]
+        return self._place_again(placed, f"{event.instance}: {event.error}", now)
 
-    def _place_again(self, placed: Placed, why: str, now: float) -> Command:
-        """The request was admitted and its stream may have begun, so it is not rejected any more."""
+    def _place_again(self, placed: Placed, why: str, now: float) -> list[Command]:
+        """The request was admitted and its stream may have begun, so it is not rejected any more; it may have to wait."""
         request = placed.request
         self._forget(placed, now)
         if placed.attempts >= self._config.max_attempts:
-            return self._fail(request.id, "attempts_exhausted", f"gave up after {placed.attempts} attempts; {why}")
+            return [self._fail(request.id, "attempts_exhausted", f"gave up after {placed.attempts} attempts; {why}")]
         if self._fleet.missing_role is not None:
-            return self._fail(request.id, "no_instance", f"no {self._fleet.missing_role} instance is left; {why}")
+            self._homeless[request.id] = Homeless(placed, why, now)
+            self.counters["homeless"] += 1
+            return []
         self.counters["placed_again"] += 1
-        return self._start(request, self._placer.replace(request, now, placed.failed_on), now, before=placed)
+        return [self._start(request, self._placer.replace(request, now, placed.failed_on), now, before=placed)]
+
+    def _house(self, now: float) -> list[Command]:
+        """Place the requests that waited for an instance, now that there is one of each role."""
+        if self._fleet.missing_role is not None:
+            return []
+        waiting, self._homeless = self._homeless, {}
+        commands: list[Command] = []
+        for homeless in waiting.values():  # one after the other, so that each sees the load of those before it
+            placed = homeless.placed
+            proposal = self._placer.replace(placed.request, now, placed.failed_on)
+            commands.append(self._start(placed.request, proposal, now, before=placed))
+        self.counters["placed_again"] += len(commands)
+        return commands
+
+    def _give_up(self, now: float) -> list[Command]:
+        """Fail the requests that waited too long for an instance."""
+        over = [h for h in self._homeless.values() if now - h.since_s >= self._config.homeless_s]
+        for homeless in over:
+            del self._homeless[homeless.placed.request.id]
+        role = self._fleet.missing_role
+        return [self._fail(h.placed.request.id, "no_instance", f"no {role} instance came back; {h.why}") for h in over]
 
     def _start(self, request: Request, proposal: Proposal, now: float, before: Placed | None = None) -> Prefill:
         chosen, decode = proposal.choice.chosen, proposal.decode.instance
@@ -230,7 +258,7 @@ class Conductor:
             return []
         if known is not None and known.info.epoch == info.epoch:
             self._fleet.update(info)
-            return []
+            return self._house(now)
         return self._replace_instance(info.id, info, f"{info.id} started again", now)
 
     def _instance_lost(self, event: ev.InstanceLost, now: float) -> list[Command]:
@@ -250,7 +278,8 @@ class Conductor:
         self._fleet.lose(instance)
         if successor is not None:
             self._fleet.join(successor)
-        return [self._place_again(placed, why, now) for placed in held]
+        again = [command for placed in held for command in self._place_again(placed, why, now)]
+        return again + self._house(now)
 
     def _heartbeat(self, event: ev.Heartbeat, now: float) -> None:
         known = self._fleet.get(event.instance)
@@ -268,7 +297,7 @@ class Conductor:
         for instance in self._fleet.instances:
             expired = instance.book.expire(sent_before_s=now - self._config.prediction_ttl_s, now=now)
             self.counters["expired_predictions"] += len(expired)
-        return [Resync(node) for node in self._directory.stale_nodes]
+        return [*self._give_up(now), *(Resync(node) for node in self._directory.stale_nodes)]
 
 
 _Handler = Callable[[Conductor, Placed, RequestEvent, float], list[Command]]

@@ -37,3 +37,12 @@ class Placed:
             return self.prefill
         assert self.decode is not None, "a decoding request has a decode instance"
         return self.decode
+
+
+@dataclass(frozen=True, slots=True)
+class Homeless:
+    """A request that lost its instance while no other could take it. It waits since `since_s` for one to come back."""
+
+    placed: Placed
+    why: str
+    since_s: float

@@ -27,6 +27,7 @@ class ConductorConfig:
     `max_queued` bounds requests whose prefill is not done. A request is placed at most `max_attempts` times. An output is
     expected to have `expected_output_tokens`, or the request's max_tokens if that is less. A heartbeat may not have seen
     what was sent within the last `settle_s`; a prefill overdue by `prediction_ttl_s` no longer counts as waiting time.
+    A request whose instance died waits `homeless_s` for another when none is left.
     """
 
     kv_bytes_per_token: int
@@ -36,6 +37,7 @@ class ConductorConfig:
     expected_output_tokens: int = 512
     settle_s: float = 0.5
     prediction_ttl_s: float = 60.0
+    homeless_s: float = 60.0
 
     def __post_init__(self) -> None:
         for name, value in (

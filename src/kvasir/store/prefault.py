@@ -36,8 +36,8 @@ class Prefault:
         return not self._thread.is_alive()
 
     def stop(self) -> None:
+        """Takes effect after the current chunk; on a busy machine that may be a while, so do not wait for it at an exit."""
         self._stopped.set()
-        self._thread.join()
 
     def _run(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)

@@ -63,8 +63,7 @@ def rotary_tables(config: Any, num_positions: int) -> tuple[Tensor, Tensor]:
     rope = config.rope_parameters
     if rope["rope_type"] == "default":
         head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
-        rotary_dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
-        inverse, scale = 1.0 / (rope["rope_theta"] ** (torch.arange(0, rotary_dim, 2).float() / rotary_dim)), 1.0
+        inverse, scale = 1.0 / (rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)), 1.0
     else:
         inverse, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
     angles = torch.arange(num_positions).float()[:, None] * inverse  # [positions, rotary_dim / 2]

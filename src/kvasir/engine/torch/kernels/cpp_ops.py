@@ -17,7 +17,7 @@ MAX_HEAD_DIM = 256
 # Up to this many tokens our own kernel streams the weight faster than oneDNN multiplies (docs/decisions/0001-cpu-attention.md).
 FEW_TOKENS_PACKED = 64
 FEW_TOKENS_PLAIN = 32
-PACK_FOR_TOKENS = 512  # the number of tokens that oneDNN is told to expect; it picks tiles of 64 outputs from 16 on
+PACK_FOR_TOKENS = 512  # what oneDNN is told to expect; told of one token, it leaves float32 weights as they are
 
 _SIGNATURES: dict[str, list[Any]] = {  # ctypes' own types for its argument types are private
     "kvasir_rms_norm": [c_int, *[c_void_p] * 4, c_int, c_int, c_float, c_int],

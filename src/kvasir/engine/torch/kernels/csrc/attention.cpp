@@ -22,7 +22,7 @@ constexpr int kTileRows = 96;
 constexpr int kTileKeys = 512;
 constexpr int kSplitKeys = 1024;
 constexpr int kFewRows = 16;            // K and V come from memory at their own speed: ask for them early
-constexpr int kAhead = 128 / kLanes;    // from the tokens in use to those asked for, in 16s
+constexpr int kAhead = 64 / kLanes;     // from the tokens in use to those asked for, in 16s
 constexpr float kHidden = -1e30f;     // a score that no key has: finite, so that differences of two are numbers
 constexpr float kNoKeyYet = -1e20f;   // a maximum below this is of hidden keys only
 

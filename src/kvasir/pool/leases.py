@@ -1,0 +1,81 @@
+"""Who holds what: the owners and leases that PoolNode keeps, and what must hold between them and the slots."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from kvasir.pool.slots import SlotTable
+
+
+@dataclass(slots=True)
+class Owner:
+    """An incarnation of a process. A dead one is remembered, so that its late messages are known as such."""
+
+    epoch: int
+    alive: bool = True
+    reserved: set[int] = field(default_factory=set)
+    leases: dict[str, None] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Lease:
+    """Slot i of `slots` holds block i. `owner` is None while the lease is on offer, until `deadline_s`.
+
+    `private` maps each private slot to its place in `slots`; `pinned` are the published blocks that this lease keeps, in
+    order of depth: those in `slots`, and the first copies of those whose own slot is a private duplicate.
+    """
+
+    owner: str | None
+    slots: list[int]
+    pinned: list[int]
+    private: dict[int, int] = field(default_factory=dict)
+    deadline_s: float = 0.0
+
+
+def ledger_problems(
+    slots: SlotTable, owners: Mapping[str, Owner], leases: Mapping[str, Lease], offers: Iterable[str]
+) -> Iterator[str]:
+    """Each broken invariant between owners, leases, offers and slots, in words."""
+    yield from _misplaced_slots(slots, owners, leases)
+    yield from _wrong_holders(owners, leases, offers)
+    yield from _wrong_contents(slots, leases)
+
+
+def _misplaced_slots(slots: SlotTable, owners: Mapping[str, Owner], leases: Mapping[str, Lease]) -> Iterator[str]:
+    """Each slot is exactly one of free, reserved by a living owner, private to a lease, published."""
+    places = Counter(slots.free)
+    places.update(slots.index.values())
+    for owner in owners.values():
+        places.update(owner.reserved)
+    for lease in leases.values():
+        places.update(lease.private.keys())
+    if wrong := {slot: places[slot] for slot in range(slots.num_slots) if places[slot] != 1}:
+        yield f"slots that are not in exactly one place, with the number of places: {wrong}"
+    if strays := sorted(slot for slot in places if not 0 <= slot < slots.num_slots):
+        yield f"slots outside of the arena: {strays}"
+
+
+def _wrong_holders(owners: Mapping[str, Owner], leases: Mapping[str, Lease], offers: Iterable[str]) -> Iterator[str]:
+    """The dead hold nothing; owners, offers and leases name each other."""
+    for name, owner in owners.items():
+        if not owner.alive and (owner.reserved or owner.leases):
+            yield f"{name} has died and holds slots {sorted(owner.reserved)} and leases {list(owner.leases)}"
+    holders: list[tuple[str, str | None]] = [(lease_id, None) for lease_id in offers]
+    holders += [(lease_id, name) for name, owner in owners.items() for lease_id in owner.leases]
+    if Counter(holders) != Counter((lease_id, lease.owner) for lease_id, lease in leases.items()):
+        yield f"owners and offers disagree with the leases on who holds what: {holders}"
+
+
+def _wrong_contents(slots: SlotTable, leases: Mapping[str, Lease]) -> Iterator[str]:
+    """A lease's slots are private or pinned by it, each once, and every pin is some lease's."""
+    pins: Counter[int] = Counter()
+    for lease_id, lease in leases.items():
+        pins.update(lease.pinned)
+        if len(set(lease.slots)) != len(lease.slots) or set(lease.slots) - lease.private.keys() - set(lease.pinned):
+            yield f"lease {lease_id!r} holds slots twice, or some that are neither private nor pinned: {lease.slots}"
+        if any(lease.slots[place] != slot for slot, place in lease.private.items()):
+            yield f"lease {lease_id!r} misplaces its private slots: {lease.private} in {lease.slots}"
+    if wrong := {slot: pinned for slot, pinned in enumerate(slots.pins) if pinned != pins[slot]}:
+        yield f"pins that no lease explains, by slot: {wrong}"
