@@ -14,6 +14,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt 'torch==2.13.0'
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m kvasir.engine.torch.kernels.build
 	touch $@
 
 setup: $(VENV)/.done ## create .venv with everything in it, build the CPU kernels
@@ -25,14 +26,14 @@ serve: setup ## serve the built-in model on http://127.0.0.1:8000
 	$(BIN)/kvasir serve
 
 test: setup ## run the tests
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 check: setup ## format, lint, types, layers, tests: what CI runs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 format: setup ## rewrite the code in the house format
 	$(BIN)/ruff format .

@@ -53,6 +53,13 @@ class Server:
             time.sleep(0.05)
         raise AssertionError("not ready in time")
 
+    def wait_instances(self, count: int) -> None:
+        """Ready means that each role is there; this waits for all instances."""
+        deadline = time.monotonic() + 60
+        while httpx.get(f"{self.url}/metrics").text.count("\nkvasir_num_requests_running{") < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
     def children(self) -> list[int]:
         found = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return [int(pid) for pid in found]
@@ -125,6 +132,7 @@ def test_a_signal_while_loading_stops_everything(tmp_path: Path) -> None:
 
 def test_a_killed_instance_comes_back(tmp_path: Path) -> None:
     with server([*FAKE, "--mixed", "2"], tmp_path) as found:
+        found.wait_instances(2)
         before = set(found.children())
         victim = max(before)
         os.kill(victim, signal.SIGKILL)

@@ -97,7 +97,7 @@ async def cluster(
     to_hub: MemoryListener[FromNode, Message | PoolEvent] = MemoryListener(msgspec.msgpack.Decoder(FromNode))
     to_pool: MemoryListener[PoolCall, PoolReply] = MemoryListener(msgspec.msgpack.Decoder(PoolCall))
     conductor = Conductor(
-        ConductorConfig(kv_bytes_per_token=SHAPE.kv_bytes_per_token, block_tokens=BLOCK),
+        ConductorConfig(kv_bytes_per_token=SHAPE.kv_bytes_per_token, block_tokens=BLOCK, shares_cores=True),
         COSTS,
         policy=POLICIES[policy](),
         rng=Random(0),
@@ -126,7 +126,8 @@ async def cluster(
         engine = FakeEngine(SPEC, COSTS)
         async with connect_pool(calls, name, epoch) as client:
             engine.attach(await client.join())
-            await InstanceBody(info, engine, batcher, client, receive=channel.recv, send=channel.send).run()
+            body = InstanceBody(info, engine, batcher, client, max_gap_s=0.05, receive=channel.recv, send=channel.send)
+            await body.run()
 
     async with AsyncExitStack() as stack:
         tasks = await stack.enter_async_context(asyncio.TaskGroup())

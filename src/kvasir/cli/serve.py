@@ -86,6 +86,7 @@ def _hub_maker(config: ServeConfig, spec: ModelSpec, costs: CostModel) -> Callab
             kv_bytes_per_token=spec.shape.kv_bytes_per_token,
             block_tokens=spec.block_tokens,
             max_queued=config.max_queue,
+            shares_cores=config.device == "cpu",
         ),
         costs,
         policy=choose("policy", config.policy, POLICIES)(),

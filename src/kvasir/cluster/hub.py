@@ -23,6 +23,7 @@ from kvasir.cluster.messages import (
     HelloPool,
     InstanceReport,
     Message,
+    Pace,
     Phase,
     PoolReport,
     RunFailed,
@@ -34,7 +35,7 @@ from kvasir.cluster.pool_host import HUB, HUB_EPOCH
 from kvasir.cluster.pool_messages import Resync
 from kvasir.cluster.service import ClusterStatus, InstanceStatus, Output, Rejected, RequestFailed, Submission
 from kvasir.core import commands
-from kvasir.core.commands import Cancel, Decision, Decode, Fail, Prefill, Reject
+from kvasir.core.commands import Cancel, Decision, Decode, Fail, Prefill, Reject, ShareCores
 from kvasir.core.errors import RequestError
 from kvasir.core.events import (
     Aborted,
@@ -299,6 +300,8 @@ class Hub:
                     self._end(request_id, command)
                 case Fail(request_id=request_id):
                     self._end(request_id, command)
+                case ShareCores(instance=instance, with_prefill=with_prefill):
+                    self._send(instance, Pace(with_prefill))
                 case commands.Resync(node=node):
                     self._send(pool_name(node), Resync())
                 case _:

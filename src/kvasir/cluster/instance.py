@@ -20,6 +20,7 @@ from kvasir.cluster.messages import (
     HandedOff,
     HelloInstance,
     InstanceReport,
+    Pace,
     Phase,
     RunFailed,
     RunRequest,
@@ -65,7 +66,11 @@ class _Sequence:
 
 
 class InstanceBody:
-    """Runs until the hub says Shutdown, the engine fails, or its task is cancelled."""
+    """Runs until the hub says Shutdown, the engine fails, or its task is cancelled.
+
+    While others need its cores it pauses after each step for as long as the step took, as long as a token still comes
+    every `max_gap_s`.
+    """
 
     def __init__(
         self,
@@ -74,6 +79,7 @@ class InstanceBody:
         batcher: Batcher,
         pool: Pool,
         *,
+        max_gap_s: float,
         receive: Callable[[], Coroutine[Any, Any, ToInstance]],
         send: Callable[[FromInstance], object],
     ):
@@ -81,6 +87,8 @@ class InstanceBody:
         self._engine = engine
         self._batcher = batcher
         self._pool = pool
+        self._max_gap_s = max_gap_s
+        self._pauses = False
         self._receive = receive
         self._send = send
         self._sequences: dict[str, _Sequence] = {}
@@ -108,6 +116,8 @@ class InstanceBody:
                     self._start(request)
                 case CancelRun(run=run):
                     self._cancel(run)
+                case Pace(pauses=pauses):
+                    self._pauses = pauses
                 case Shutdown():
                     return
                 case other:
@@ -235,6 +245,8 @@ class InstanceBody:
             self._apply(StepDone(tuple(out.run for out in outputs if out.finish is not None)))
             if outputs:
                 self._send(StepOutput(self._info.id, outputs))
+            if self._pauses:
+                await asyncio.sleep(max(0.0, min(result.seconds, self._max_gap_s - result.seconds)))
 
     def _slice(self, chunk: Chunk) -> SequenceSlice:
         sequence = self._sequences[chunk.request_id]

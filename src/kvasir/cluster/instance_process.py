@@ -52,7 +52,9 @@ async def run_instance(setup: InstanceSetup) -> None:
         async with open_pool(setup.pool_address, info.id, info.epoch) as pool:
             engine.attach(await pool.join())
             batcher = Batcher(_batcher_config(setup), setup.costs)
-            await InstanceBody(info, engine, batcher, pool, receive=channel.recv, send=channel.send).run()
+            max_gap_s = parse_duration(setup.config.slo_tbt) / 2
+            body = InstanceBody(info, engine, batcher, pool, max_gap_s=max_gap_s, receive=channel.recv, send=channel.send)
+            await body.run()
     finally:
         await engine.close()
         channel.close()

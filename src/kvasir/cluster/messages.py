@@ -47,6 +47,12 @@ class CancelRun(Message, frozen=True):
     run: str
 
 
+class Pace(Message, frozen=True):
+    """Pause between steps, or do not: others need the cores."""
+
+    pauses: bool
+
+
 class Shutdown(Message, frozen=True):
     """Finish nothing, release everything, exit."""
 
@@ -125,6 +131,6 @@ class Progress(Message, frozen=True):
     what: str
 
 
-ToInstance = RunRequest | CancelRun | Shutdown
+ToInstance = RunRequest | CancelRun | Pace | Shutdown
 FromInstance = HelloInstance | StepOutput | HandedOff | RunFailed | InstanceReport | Progress
 FromNode = FromInstance | HelloPool | BlocksChanged | PoolReport

@@ -92,6 +92,13 @@ class Cancel(Command, frozen=True):
     instance: str
 
 
+class ShareCores(Command, frozen=True):
+    """Prefills wait (or no longer wait) for the cores that decode instance `instance` uses: pause between its steps."""
+
+    instance: str
+    with_prefill: bool
+
+
 class Resync(Command, frozen=True):
     """Block events of `node` were missed: ask its pool for the whole inventory, answered by the event Inventory."""
 

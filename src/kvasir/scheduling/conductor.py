@@ -13,6 +13,7 @@ from kvasir.core.request import Request
 from kvasir.costs.model import CostModel
 from kvasir.pool.directory import BlockDirectory
 from kvasir.scheduling.admission import Admission, Off, Refusal
+from kvasir.scheduling.cores import CoreSharing
 from kvasir.scheduling.fleet import Fleet, Instance
 from kvasir.scheduling.placed import Homeless, Placed, State
 from kvasir.scheduling.placer import ConductorConfig, Placer, Proposal
@@ -39,11 +40,18 @@ class Conductor:
         )
         self._requests: dict[str, Placed] = {}
         self._homeless: dict[str, Homeless] = {}
+        self._cores = CoreSharing() if config.shares_cores else None
         self._num_prefilling = 0
         self.counters: Counter[str] = Counter()
 
     def handle(self, event: ev.Event, now: float) -> list[Command]:
         """Raises InvariantError for an event that no correct body sends."""
+        commands = self._handle(event, now)
+        if self._cores is not None:
+            commands += self._cores.commands(self._fleet.instances)
+        return commands
+
+    def _handle(self, event: ev.Event, now: float) -> list[Command]:
         match event:
             case ev.Arrived():
                 return self._arrived(event.request, now)

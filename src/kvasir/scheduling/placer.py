@@ -28,6 +28,7 @@ class ConductorConfig:
     expected to have `expected_output_tokens`, or the request's max_tokens if that is less. A heartbeat may not have seen
     what was sent within the last `settle_s`; a prefill overdue by `prediction_ttl_s` no longer counts as waiting time.
     A request whose instance died waits `homeless_s` for another when none is left.
+    `shares_cores`: prefill and decode instances of a node run on the same cores.
     """
 
     kv_bytes_per_token: int
@@ -38,6 +39,7 @@ class ConductorConfig:
     settle_s: float = 0.5
     prediction_ttl_s: float = 60.0
     homeless_s: float = 60.0
+    shares_cores: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (
