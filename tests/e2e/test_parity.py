@@ -54,6 +54,7 @@ def cluster(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[RealCl
 
 @pytest.fixture(scope="module")
 def reference(checkpoint: Path) -> Any:
+    torch.set_num_threads(1)  # the model is tiny; threads would only wait for each other
     return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
 
 

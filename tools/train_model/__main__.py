@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.train_model", description=__doc__)
     parser.add_argument("--text", type=Path, required=True, help="folder of .rst or .txt files")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint directory to write")
-    parser.add_argument("--minutes", type=float, default=60.0, help="wall time of the run; the schedule fits itself to it")
+    parser.add_argument("--minutes", type=float, default=60.0, help="processor minutes per thread; the schedule fits itself")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--start", type=Path, help="checkpoint directory to go on from (its tokenizer is kept)")

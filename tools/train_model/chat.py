@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tools.train_model.text import Document, clean_rst
 
-MAX_ANSWER_CHARS = 420
+MAX_ANSWER_CHARS = 260
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ def print_loss(model: Any, tokenizer: Any, prose: list[str]) -> None:
     """Mean cross entropy over the held-out files, per token and per byte."""
     total, count = 0.0, 0
     for text in prose:
-        ids = tokenizer(text, return_tensors="pt").input_ids[0]
+        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
         for window in ids.split(LOSS_WINDOW):
             if len(window) > 1:
                 total += model(window[None], labels=window[None]).loss.item() * (len(window) - 1)
@@ -59,7 +59,7 @@ def print_loss(model: Any, tokenizer: Any, prose: list[str]) -> None:
 
 def print_recall(model: Any, tokenizer: Any, prose: list[str], *, distances: list[int], keys: int, seed: int) -> None:
     """Share of five-digit keys recalled exactly by greedy decoding, by tokens between key and question."""
-    ids: list[int] = tokenizer("\n\n".join(prose)).input_ids
+    ids: list[int] = tokenizer("\n\n".join(prose), verbose=False).input_ids
     print("distance  text  chat", flush=True)
     for distance in distances:
         rng = random.Random(seed)

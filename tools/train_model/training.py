@@ -44,14 +44,14 @@ class Phase:
 
 
 _FIRST = Mix(recall=0.25, chat=0.05, chat_recall=0.05, repeat=0.45)
-_EARLY = Mix(recall=0.08, chat=0.14, chat_recall=0.05, repeat=0.05)
-_LONG = Mix(recall=0.25, chat=0.15, chat_recall=0.20, repeat=0.05)
+_EARLY = Mix(recall=0.05, chat=0.15, chat_recall=0.04, repeat=0.03)
+_LONG = Mix(recall=0.20, chat=0.20, chat_recall=0.15, repeat=0.0)
 PHASES = (
     Phase(0.10, 128, 16, 2, _FIRST),
     Phase(0.40, 512, 4, 2, _EARLY),
-    Phase(0.66, 512, 4, 4, _EARLY),
-    Phase(0.80, 2048, 1, 4, _LONG),
-    Phase(0.90, 4096, 1, 2, _LONG),
+    Phase(0.72, 512, 4, 4, _EARLY),
+    Phase(0.82, 2048, 1, 4, _LONG),
+    Phase(0.91, 4096, 1, 2, _LONG),
     Phase(1.00, 8192, 1, 1, _LONG),
 )
 _SMOKE_SHAPE = Shape(vocab=512, hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp=64)
@@ -95,17 +95,17 @@ class _Loop:
     tokenizer: Tokenizer
 
     def run(self) -> None:
-        started = saved = time.monotonic()
+        started, saved = time.process_time(), time.monotonic()
         step, tokens = 0, 0
-        while (progress := self._progress(step, time.monotonic() - started)) < 1.0:
+        while (progress := self._progress(step, self._worked_s(started))) < 1.0:
             phase = next(p for p in self.phases if progress < p.until)
             loss, norm = self._step(phase, rate_at(progress, step))
             step, tokens = step + 1, tokens + phase.parts * phase.rows * phase.length
-            elapsed = time.monotonic() - started
+            worked = self._worked_s(started)
             if step % PRINT_EVERY == 0 or step < 5:
                 print(
-                    f"{elapsed / 60:6.2f} min  step {step:5d}  length {phase.length:5d}  loss {loss:.3f}  "
-                    f"gradient {norm:.2f}  {tokens / elapsed:,.0f} tokens/s",
+                    f"{worked / 60:6.2f} min  step {step:5d}  length {phase.length:5d}  loss {loss:.3f}  "
+                    f"gradient {norm:.2f}  {tokens / worked:,.0f} tokens/s",
                     flush=True,
                 )
             if time.monotonic() - saved > EXPORT_EVERY_S:
@@ -113,10 +113,14 @@ class _Loop:
                 saved = time.monotonic()
         self._save()
 
-    def _progress(self, step: int, elapsed_s: float) -> float:
+    def _worked_s(self, started: float) -> float:
+        """Processor time per thread: wall time on a quiet machine; on a busy one the run takes longer, not worse."""
+        return (time.process_time() - started) / self.settings.threads
+
+    def _progress(self, step: int, worked_s: float) -> float:
         if self.settings.smoke:
             return step / 4
-        return self.settings.begin + (1 - self.settings.begin) * elapsed_s / (60 * self.settings.minutes)
+        return self.settings.begin + (1 - self.settings.begin) * worked_s / (60 * self.settings.minutes)
 
     def _step(self, phase: Phase, rate: float) -> tuple[float, float]:
         total, weight = 0.0, 0.0

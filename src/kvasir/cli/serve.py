@@ -67,9 +67,10 @@ async def run_server(config: ServeConfig) -> None:
     spec = model_spec(config)
     screen.model(spec)
     costs = load_costs(config.profile, spec)
-    cluster = LocalCluster(config, spec, costs, _hub_maker(config, spec, costs), on_progress=screen.progress)
+    tokenizer = Tokenizer.load(spec.path)
     gateway = GatewayConfig(served_model_name=spec.name, api_keys=tuple(config.api_key))
-    app = make_app(cluster.hub, Tokenizer.load(spec.path), gateway)
+    cluster = LocalCluster(config, spec, costs, _hub_maker(config, spec, costs), on_progress=screen.progress)
+    app = make_app(cluster.hub, tokenizer, gateway)
     # in this order, so that answers that run may end before the cluster does
     async with cluster.running(), serve_http(app, config.host, config.port, stop_timeout_s=DRAIN_S) as port:
         await _first_of(cluster.ready(READY_DEADLINE_S), stop.wait())

@@ -31,7 +31,7 @@ from kvasir.cluster.messages import (
 )
 from kvasir.cluster.pool_client import Pool
 from kvasir.core.commands import Chunk, HandOff, NeedPages, Preempt, Publish, Release, ReturnPages, Starved, Step
-from kvasir.core.errors import KvasirError
+from kvasir.core.errors import ClusterError, KvasirError
 from kvasir.core.events import Cancelled, Event, InstanceInfo, PagesGranted, StepDone, Submitted, Tick
 from kvasir.core.keys import BlockKey, block_keys
 from kvasir.core.pool_events import KeyedSlot
@@ -81,7 +81,7 @@ class InstanceBody:
         *,
         max_gap_s: float,
         receive: Callable[[], Coroutine[Any, Any, ToInstance]],
-        send: Callable[[FromInstance], object],
+        send: Callable[[FromInstance], bool],
     ):
         self._info = info
         self._engine = engine
@@ -214,9 +214,10 @@ class InstanceBody:
         try:
             await self._pool.offer(run, pages, OFFER_S)
         except KvasirError as error:
+            self._pool.release(run, pages)
             self._fail(run, f"hand-off: {error}")
             return
-        self._send(HandedOff(run, self._info.id))
+        self._tell(HandedOff(run, self._info.id))
 
     def _preempt(self, sequence: _Sequence, pages: tuple[int, ...]) -> None:
         """Give everything back and queue the sequence again, to be recomputed here from its tokens so far."""
@@ -244,7 +245,7 @@ class InstanceBody:
             outputs = tuple(self._grow(run, sampled) for run, sampled in result.tokens.items())
             self._apply(StepDone(tuple(out.run for out in outputs if out.finish is not None)))
             if outputs:
-                self._send(StepOutput(self._info.id, outputs))
+                self._tell(StepOutput(self._info.id, outputs))
             if self._pauses:
                 await asyncio.sleep(max(0.0, min(result.seconds, self._max_gap_s - result.seconds)))
 
@@ -281,7 +282,12 @@ class InstanceBody:
             await asyncio.sleep(HEARTBEAT_S)
 
     def _fail(self, run: str, error: str) -> None:
-        self._send(RunFailed(run, self._info.id, error))
+        self._tell(RunFailed(run, self._info.id, error))
+
+    def _tell(self, message: FromInstance) -> None:
+        """What must not be lost: a hub that takes no more ends this instance, and another replays its requests."""
+        if not self._send(message):
+            raise ClusterError(f"the hub takes no more messages: {type(message).__name__} was not sent")
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.create_task(work)

@@ -35,6 +35,8 @@ from kvasir.store.arena import slots_that_fit
 NODE = "node0"
 STOP_GRACE_S = 5.0
 MAX_RESTARTS = 5
+STABLE_S = 60.0
+"""An instance that ran for so long before it died is not one that cannot run."""
 MIN_SLOTS = 16
 """A pool of fewer blocks cannot even keep its instances' hands full."""
 RESTART_PAUSE_S = 0.5
@@ -44,6 +46,7 @@ RESTART_PAUSE_S = 0.5
 class _Child:
     name: str
     process: Process
+    started_s: float
     restarts: int = 0
 
 
@@ -74,7 +77,8 @@ class LocalCluster:
         self._listener: ZmqListener[FromNode, Message | PoolEvent] = ZmqListener(
             self._hub_address, msgspec.msgpack.Decoder(FromNode)
         )
-        self.hub = make_hub(self._listener.send, asyncio.get_running_loop().time)
+        self._clock = asyncio.get_running_loop().time
+        self.hub = make_hub(self._listener.send, self._clock)
         self._failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._children: dict[str, _Child] = {}
         self._stopping = False
@@ -117,8 +121,11 @@ class LocalCluster:
     async def _stop(self) -> None:
         """Ask every process to end, wait, then insist."""
         self._stopping = True
+        joined = {status.info.id for status in self.hub.status().instances} | {pool_name(NODE)}
         for child in self._children.values():
             self._listener.send(child.name, Shutdown())
+            if child.name not in joined and child.process.returncode is None:
+                child.process.kill()  # it is still loading: it hears nothing, and holds nothing
         await self._wait_for_children()
         self._lifeline.close()
         for child in self._children.values():
@@ -146,6 +153,8 @@ class LocalCluster:
             num_slots=self.num_slots,
             slot_bytes=self._spec.slot_bytes,
             runtime_directory=str(self._directory),
+            log_level=self._config.log_level,
+            log_json=self._config.log_json,
         )
         await self._start(tasks, pool_name(NODE), "kvasir.cluster.pool_process", setup, self._pool_ended)
 
@@ -174,7 +183,7 @@ class LocalCluster:
         restarts: int = 0,
     ) -> None:
         process = await start_process(module, setup, env=self._environment(), lifeline=self._lifeline)
-        self._children[name] = _Child(name, process, restarts)
+        self._children[name] = _Child(name, process, self._clock(), restarts)
         tasks.create_task(self._watch(process, ended))
 
     def _environment(self) -> dict[str, str]:
@@ -223,7 +232,8 @@ class LocalCluster:
 
     async def _instance_ended(self, tasks: asyncio.TaskGroup, info: InstanceInfo, status: int) -> None:
         """A dead instance's requests go elsewhere; the instance itself is started again, a few times."""
-        restarts = self._children[info.id].restarts
+        child = self._children[info.id]
+        restarts = child.restarts if self._clock() - child.started_s < STABLE_S else 0
         self.hub.lose_instance(info.id)
         if status == BAD_SETUP_EXIT or restarts >= MAX_RESTARTS:
             self._fail(f"{info.id} cannot run (exit status {status}); its message is above")
