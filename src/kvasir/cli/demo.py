@@ -34,8 +34,8 @@ _console = Console(highlight=False)
 
 
 def demo(
-    requests: Annotated[int, typer.Option(help="Requests of the conversation workload to replay.")] = 60,
-    speed: Annotated[float, typer.Option(help="How much faster than in real life they arrive.")] = 1.0,
+    requests: Annotated[int, typer.Option(help="Requests of the conversation workload to replay.")] = 100,
+    speed: Annotated[float, typer.Option(help="How much faster than in real life they arrive.")] = 120.0,
 ) -> None:
     """Start a cluster, chat with it twice, replay a slice of conversation traffic, print the table, stop everything.
 
@@ -117,13 +117,13 @@ def _stream(url: str, messages: list[dict[str, str]]) -> tuple[str, dict[str, An
                 text = choice["delta"].get("content") or ""
                 first = first or (time.monotonic() if text else None)
                 answer += text
-                _console.print(text, end="", markup=False)
+                _console.print(text, end="", markup=False, soft_wrap=True)
     _console.print()
     return answer, usage, (first or time.monotonic()) - started
 
 
 def _replay(url: str, requests: int, speed: float) -> None:
-    flags = ["synthetic:conversation", "--url", url, "--limit", str(requests), "--speed", str(speed)]
+    flags = [f"synthetic:conversation?requests={requests}&duration=1h", "--url", url, "--speed", str(speed)]
     flags += ["--scale-length", "0.125", "--output-scale", "0.1", "--seed", "1"]
     _say("$ kvasir replay " + " ".join(flags))
     status = subprocess.run([sys.executable, "-m", "kvasir.cli.main", "replay", *flags], check=False).returncode
@@ -139,4 +139,4 @@ def _free_port() -> int:
 
 
 def _say(text: str) -> None:
-    _console.print(text)
+    _console.print(text, soft_wrap=True)

@@ -183,7 +183,7 @@ class Hub:
         )
         ready = self._conductor.ready
         reason = "" if ready else "waiting for instances that can prefill and decode"
-        return ClusterStatus(ready, reason, instances, dict(self._pools), dict(self._counters))
+        return ClusterStatus(ready, reason, instances, dict(self._pools), dict(self._counters + self._conductor.counters))
 
     # --- the instances' and pools' side ------------------------------------------------------------------------
 

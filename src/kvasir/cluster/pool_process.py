@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import structlog
 from msgspec import Struct
+from msgspec.structs import replace
 
 from kvasir.cluster.lifeline import child_config, remove_runtime_directory, run_child
 from kvasir.cluster.messages import PoolReport, Shutdown
@@ -110,7 +111,7 @@ class PoolBody:
     async def _report(self) -> None:
         since_check = 0.0
         while True:
-            self._hub.send(PoolReport(self._node, self._host.node.stats()))
+            self._hub.send(PoolReport(self._node, replace(self._host.node.stats(), broken_invariants=self.broken_invariants)))
             await asyncio.sleep(REPORT_S)
             since_check += REPORT_S
             if since_check >= CHECK_S:

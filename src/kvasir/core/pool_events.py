@@ -140,3 +140,4 @@ class PoolStats(Struct, frozen=True):
     duplicates: int = 0
     expired_offers: int = 0
     refusals: int = 0
+    broken_invariants: int = 0

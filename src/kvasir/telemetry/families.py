@@ -146,7 +146,7 @@ def _instances(instances: Sequence[InstanceView]) -> Iterator[Metric]:
 
 
 _POOL_STATES = ("free", "reserved", "private", "published", "leased")
-_POOL_COUNTERS = ("lookups", "hits", "evictions", "duplicates", "expired_offers", "refusals")
+_POOL_COUNTERS = ("lookups", "hits", "evictions", "duplicates", "expired_offers", "refusals", "broken_invariants")
 
 
 def _pools(pools: Mapping[str, PoolStats]) -> Iterator[Metric]:
