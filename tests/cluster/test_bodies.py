@@ -9,7 +9,9 @@ from random import Random
 import pytest
 
 from kvasir.cluster.hub import Hub
+from kvasir.cluster.messages import StepOutput, TokenOut
 from kvasir.cluster.service import RequestFailed, Submission
+from kvasir.core.errors import RequestError
 from kvasir.core.request import FinishReason, Role
 from tests.cluster.harness import BLOCK, Cluster, answer, cluster, expected, submission
 from tests.cluster.virtual_time import run_virtual
@@ -116,6 +118,59 @@ def test_500_requests_with_random_aborts_leave_no_block_behind(roles: dict[str, 
         async with cluster(roles, num_slots=num_slots) as found:
             await run_traffic(found, seed=5, count=500)
             await settled(found)
+
+    run_virtual(scenario())
+
+
+@pytest.mark.parametrize(("num_slots", "count"), [(64, 8), (128, 40)])
+def test_a_pool_too_small_for_all_at_once_serves_them_one_after_another_without_standing_still(
+    num_slots: int, count: int
+) -> None:
+    async def scenario() -> None:
+        async with cluster(SPLIT, num_slots=num_slots) as found:
+            started = asyncio.get_running_loop().time()
+            prompts = [prompt_of(400 + number, 100) for number in range(count)]
+            asked = [answer(found.hub, submission(f"r{number}", prompt, 100)) for number, prompt in enumerate(prompts)]
+            for prompt, (tokens, _) in zip(prompts, await asyncio.gather(*asked), strict=True):
+                assert tokens == expected(prompt, 100)
+            assert asyncio.get_running_loop().time() - started < 0.3 * count
+            await settled(found)
+
+    run_virtual(scenario())
+
+
+def test_a_last_token_that_arrives_after_its_instance_died_ends_the_request() -> None:
+    async def scenario() -> None:
+        async with cluster(SPLIT) as found:
+            asked = asyncio.create_task(answer(found.hub, submission("r", prompt_of(12, 50), 60)))
+            await asyncio.sleep(0.05)
+            found.kill("decode-0")
+            found.hub.take("decode-0", StepOutput("decode-0", (TokenOut("r#1", 5, finish=FinishReason.STOP),)))
+            assert (await asked)[0][-1] == 5
+            found.start("decode-0", Role.DECODE, 2)
+            await asyncio.sleep(1.0)
+            await settled(found)
+
+    run_virtual(scenario())
+
+
+def test_a_request_id_may_be_used_again_after_its_client_went_away() -> None:
+    async def scenario() -> None:
+        async with cluster(SPLIT) as found:
+            assert len(await ask(found.hub, submission("same", prompt_of(13, 50), 200), give_up_after=3)) == 3
+            prompt = prompt_of(14, 60)
+            assert (await answer(found.hub, submission("same", prompt, 40)))[0] == expected(prompt, 40)
+            await settled(found)
+
+    run_virtual(scenario())
+
+
+@pytest.mark.parametrize(("prompt", "max_tokens"), [([], 5), ([1] * 4096, 5), ([1], 0)])
+def test_what_no_instance_could_run_is_refused_before_it_reaches_one(prompt: list[int], max_tokens: int) -> None:
+    async def scenario() -> None:
+        async with cluster(SPLIT) as found:
+            with pytest.raises(RequestError, match="prompt of 1 to 4095 tokens"):
+                await answer(found.hub, submission("r", prompt, max_tokens))
 
     run_virtual(scenario())
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from kvasir.cli.costs import load_costs
 from kvasir.cluster.config import ServeConfig
 from kvasir.cluster.hub import Clock, Hub, Send
-from kvasir.cluster.local import LocalCluster
+from kvasir.cluster.local import LocalCluster, fit_to_pool
 from kvasir.cluster.model import model_spec
 from kvasir.cluster.service import Submission
 from kvasir.core.request import Sampling
@@ -58,7 +58,7 @@ class RealCluster:
 
     async def _serve(self) -> None:
         self._stop = asyncio.Event()
-        spec = model_spec(self._config)
+        spec = fit_to_pool(model_spec(self._config), self._config)
         costs = load_costs(None, spec)
         conductor = Conductor(
             ConductorConfig(kv_bytes_per_token=spec.shape.kv_bytes_per_token, block_tokens=spec.block_tokens),

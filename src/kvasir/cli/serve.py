@@ -18,7 +18,7 @@ from kvasir.cli.costs import load_costs
 from kvasir.cli.options import options_of, with_options
 from kvasir.cluster.config import ServeConfig, choose, load_config
 from kvasir.cluster.hub import Clock, Hub, Send
-from kvasir.cluster.local import LocalCluster
+from kvasir.cluster.local import LocalCluster, fit_to_pool
 from kvasir.cluster.messages import Progress
 from kvasir.cluster.model import model_spec
 from kvasir.core.request import Slo
@@ -64,8 +64,11 @@ async def run_server(config: ServeConfig) -> None:
     logs.setup(config.log_level, json=config.log_json)
     screen = _Screen(config)
     stop = _stop_on_signals()
-    spec = model_spec(config)
+    whole = model_spec(config)
+    spec = fit_to_pool(whole, config)
     screen.model(spec)
+    if spec.max_model_len < whole.max_model_len:
+        screen.say(f"--dram {config.dram} limits the context to {spec.max_model_len:,} of {whole.max_model_len:,} tokens")
     costs = load_costs(config.profile, spec)
     tokenizer = Tokenizer.load(spec.path)
     gateway = GatewayConfig(served_model_name=spec.name, api_keys=tuple(config.api_key))

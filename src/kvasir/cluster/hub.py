@@ -118,7 +118,9 @@ class Hub:
         self._instances: dict[str, _Instance] = {}
         self._pools: dict[str, PoolStats] = {}
         self._counters: Counter[str] = Counter()
-        self._decisions: list[Decision] = []
+        self._num_runs = 0
+        self.on_silent: Callable[[str], None] = self.lose_instance
+        """What to do about an instance that is silent: whoever started it must end it before its slots are given to others."""
         self._log = structlog.get_logger().bind(part="conductor")
 
     # --- the gateway's side: Service ---------------------------------------------------------------------------
@@ -130,6 +132,9 @@ class Hub:
     async def submit(self, submission: Submission) -> AsyncGenerator[Output, None]:
         now = self._clock()
         request_id = submission.request_id
+        if not 0 < len(submission.prompt) < self._spec.max_model_len or submission.max_tokens < 1:
+            limit = self._spec.max_model_len - 1
+            raise RequestError(f"a prompt of 1 to {limit} tokens and max_tokens of at least 1 are needed")
         if request_id in self._live:
             raise RequestError(f"request id {request_id!r} is in use", status=409, code="duplicate_request_id")
         root = root_key(
@@ -157,7 +162,7 @@ class Hub:
                 yield output
             yield output
         finally:
-            if request_id in self._live:
+            if self._live.get(request_id) is live:
                 self._apply(Aborted(request_id))
                 self._live.pop(request_id, None)
 
@@ -189,6 +194,8 @@ class Hub:
 
     def take(self, peer: str, message: Message) -> None:
         """A message from an instance or a pool."""
+        if (sender := self._instances.get(peer)) is not None:
+            sender.seen_s = self._clock()
         match message:
             case StepOutput(instance=instance, tokens=tokens):
                 for token in tokens:
@@ -235,7 +242,7 @@ class Hub:
             now = self._clock()
             for name, instance in list(self._instances.items()):
                 if now - instance.seen_s > HEARTBEAT_DEADLINE_S:
-                    self.lose_instance(name)
+                    self.on_silent(name)
             self._apply(Tick())
 
     def _take_token(self, instance: str, out: TokenOut) -> None:
@@ -288,7 +295,8 @@ class Hub:
                 case Prefill(request_id=request_id, instance=instance, decode=decode, decision=decision):
                     self._record(decision)
                     live = self._live[request_id]
-                    live.attempt += 1
+                    self._num_runs += 1
+                    live.attempt = self._num_runs
                     live.prefilled = False
                     self._run(request_id, instance, Phase.BOTH if decode == instance else Phase.PREFILL)
                 case Decode(request_id=request_id, instance=instance):

@@ -92,6 +92,7 @@ class InstanceBody:
         self._receive = receive
         self._send = send
         self._sequences: dict[str, _Sequence] = {}
+        self._parked: dict[str, None] = {}  # preempted: they hold nothing until somebody leaves
         self._steps: asyncio.Queue[Step] = asyncio.Queue(maxsize=2)
         self._log = structlog.get_logger().bind(instance=info.id)
         self._clock = asyncio.get_running_loop().time
@@ -135,6 +136,9 @@ class InstanceBody:
         sequence = self._sequences.get(run)
         if sequence is None:
             return
+        if run in self._parked:
+            self._forget(run)
+            return
         sequence.cancelled = True
         if sequence.submitted:
             self._apply(Cancelled(run))
@@ -146,11 +150,11 @@ class InstanceBody:
             take = self._take_over if sequence.phase is Phase.DECODE else self._prefix
             pages, computed = await take(sequence)
         except KvasirError as error:
-            del self._sequences[run]
+            self._forget(run)
             self._fail(run, str(error))
             return
         if sequence.cancelled:
-            del self._sequences[run]
+            self._forget(run)
             self._pool.release(run, ())
             return
         sequence.submitted = True
@@ -192,15 +196,15 @@ class InstanceBody:
                     keyed = tuple(KeyedSlot(sequence.key(b.index, self._block_tokens), b.page) for b in blocks)
                     self._pool.put_end(run, keyed)
                 case HandOff(request_id=run, pages=pages):
-                    del self._sequences[run]
+                    self._forget(run)
                     self._spawn(self._hand_off(run, pages))
                 case Release(request_id=run, pages=pages):
-                    del self._sequences[run]
+                    self._forget(run)
                     self._pool.release(run, pages)
                 case Preempt(request_id=run, pages=pages):
                     self._preempt(self._sequences[run], pages)
                 case Starved(request_id=run, pages=pages, waited_s=waited_s):
-                    del self._sequences[run]
+                    self._forget(run)
                     self._pool.release(run, pages)
                     self._fail(run, f"no KVCache block became free for {waited_s:.0f} s; give the pool more --dram")
                 case NeedPages(count=count):
@@ -225,7 +229,16 @@ class InstanceBody:
         sequence.submitted = False
         if sequence.phase is Phase.DECODE:
             sequence.phase = Phase.BOTH
-        self._spawn(self._admit(sequence))
+        self._parked[sequence.request.run] = None
+
+    def _forget(self, run: str) -> None:
+        """The run has left; who was preempted longest ago may come back: a lease taken earlier would pin what was freed."""
+        del self._sequences[run]
+        self._parked.pop(run, None)
+        if self._parked:
+            back = next(iter(self._parked))
+            del self._parked[back]
+            self._spawn(self._admit(self._sequences[back]))
 
     async def _need_pages(self, count: int) -> None:
         try:

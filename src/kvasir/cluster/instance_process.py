@@ -37,6 +37,7 @@ class InstanceSetup(Struct, frozen=True):
     info: InstanceInfo
     spec: ModelSpec
     costs: FittedCost | RooflineCost
+    num_slots: int
     hub_address: str
     pool_address: str
     config: ServeConfig
@@ -78,12 +79,18 @@ async def _load_engine(setup: InstanceSetup, on_progress: Callable[[float, str],
     )
 
 
+def stash_pages(num_slots: int, config: ServeConfig) -> int:
+    """How many pages an idle instance keeps in its hand: few enough that all hands together leave the pool usable."""
+    return min(32, num_slots // (8 * sum(config.roles)))
+
+
 def _batcher_config(setup: InstanceSetup) -> BatcherConfig:
     config = setup.config
     return BatcherConfig(
         block_tokens=setup.spec.block_tokens,
         max_batch=config.max_batch,
         max_step_tokens=config.chunk_tokens,
+        stash_pages=stash_pages(setup.num_slots, config),
         max_step_s=parse_duration(config.slo_tbt) / 2,
     )
 

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from kvasir.cluster.config import ServeConfig
 from kvasir.cluster.hub import Clock, Hub, Send, pool_name
-from kvasir.cluster.instance_process import BAD_SETUP_EXIT, InstanceSetup
+from kvasir.cluster.instance_process import BAD_SETUP_EXIT, InstanceSetup, stash_pages
 from kvasir.cluster.lifeline import Lifeline, start_process
 from kvasir.cluster.messages import FromNode, Message, Progress, Shutdown
 from kvasir.cluster.pool_process import PoolConfig
@@ -30,7 +30,7 @@ from kvasir.core.units import format_size
 from kvasir.costs.fitted import FittedCost
 from kvasir.costs.roofline import RooflineCost
 from kvasir.engine.interface import ModelSpec
-from kvasir.store.arena import slots_that_fit
+from kvasir.store.arena import PAGE_BYTES, slots_that_fit
 
 NODE = "node0"
 STOP_GRACE_S = 5.0
@@ -50,6 +50,25 @@ class _Child:
     restarts: int = 0
 
 
+def fit_to_pool(spec: ModelSpec, config: ServeConfig) -> ModelSpec:
+    """The spec with a context that one request can have in this pool. Raises ConfigError when the pool is too small.
+
+    Every instance keeps a few pages in its hand, which one long request cannot use.
+    """
+    num_slots = slots_that_fit(config.dram_bytes, spec.slot_bytes)
+    if num_slots < MIN_SLOTS:
+        need = format_size(MIN_SLOTS * (spec.slot_bytes + PAGE_BYTES))
+        raise ConfigError(f"--dram {config.dram} holds {num_slots} blocks of this model; give at least {need}")
+    usable = (num_slots - sum(config.roles) * stash_pages(num_slots, config)) * spec.block_tokens
+    if usable >= spec.max_model_len:
+        return spec
+    if config.max_model_len is not None:
+        raise ConfigError(
+            f"--dram {config.dram} holds a request of {usable} tokens, --max-model-len asks for {config.max_model_len}; give more"
+        )
+    return replace(spec, max_model_len=usable)
+
+
 class LocalCluster:
     """Everything runs between entering and leaving `running`; nothing of it is left afterwards."""
 
@@ -66,9 +85,6 @@ class LocalCluster:
         self._spec = spec
         self._costs = costs
         self.num_slots = slots_that_fit(config.dram_bytes, spec.slot_bytes)
-        if self.num_slots < MIN_SLOTS:
-            need = format_size(MIN_SLOTS * spec.slot_bytes)
-            raise ConfigError(f"--dram {config.dram} holds {self.num_slots} blocks of this model; give at least {need}")
         self._on_progress = on_progress
         self._directory = make_runtime_directory()
         self._lifeline = Lifeline()
@@ -79,9 +95,10 @@ class LocalCluster:
         )
         self._clock = asyncio.get_running_loop().time
         self.hub = make_hub(self._listener.send, self._clock)
+        self.hub.on_silent = self._end_silent
         self._failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._children: dict[str, _Child] = {}
-        self._stopping = False
+        self._stopping = asyncio.Event()
         self._log = structlog.get_logger().bind(part="launcher")
 
     @contextlib.asynccontextmanager
@@ -120,7 +137,7 @@ class LocalCluster:
 
     async def _stop(self) -> None:
         """Ask every process to end, wait, then insist."""
-        self._stopping = True
+        self._stopping.set()
         joined = {status.info.id for status in self.hub.status().instances} | {pool_name(NODE)}
         for child in self._children.values():
             self._listener.send(child.name, Shutdown())
@@ -163,6 +180,7 @@ class LocalCluster:
             info=info,
             spec=self._spec,
             costs=self._costs,
+            num_slots=self.num_slots,
             hub_address=self._hub_address,
             pool_address=self._pool_address,
             config=self._config,
@@ -227,7 +245,7 @@ class LocalCluster:
 
     async def _watch(self, process: Process, ended: Callable[[int], Coroutine[None, None, None]]) -> None:
         status = await process.wait()
-        if not self._stopping:
+        if not self._stopping.is_set():
             await ended(status)
 
     async def _instance_ended(self, tasks: asyncio.TaskGroup, info: InstanceInfo, status: int) -> None:
@@ -239,11 +257,19 @@ class LocalCluster:
             self._fail(f"{info.id} cannot run (exit status {status}); its message is above")
             return
         self._log.warning("instance ended; starting it again", instance=info.id, status=status, restart=restarts + 1)
-        await asyncio.sleep(RESTART_PAUSE_S * 2**restarts)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), RESTART_PAUSE_S * 2**restarts)
+        if self._stopping.is_set():
+            return
         await self._start_instance(tasks, replace(info, epoch=info.epoch + 1), restarts + 1)
 
+    def _end_silent(self, name: str) -> None:
+        """A process that hangs may wake up and write into slots that are others' by then; `_watch` sees its end."""
+        if (child := self._children.get(name)) is not None and child.process.returncode is None:
+            child.process.kill()
+
     async def _pool_ended(self, status: int) -> None:
-        """The node's KV is gone with its pool. Everything on the node starts anew."""
+        """The node's KV is gone with its pool, and its instances' memory: this node cannot go on."""
         self.hub.lose_node(NODE)
         self._fail(f"the pool process ended (exit status {status})")
 

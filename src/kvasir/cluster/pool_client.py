@@ -195,7 +195,7 @@ class _ChannelLink:
         self._timeout_s = timeout_s
         self._next_id = 0
         self._waiting: dict[int, asyncio.Future[PoolReply]] = {}
-        self._late: dict[int, Undo] = {}
+        self._undo: dict[int, Undo] = {}  # for answers that nobody takes any more
         self._log = structlog.get_logger().bind(part="pool client")
 
     async def read(self) -> None:
@@ -204,10 +204,16 @@ class _ChannelLink:
             reply = await self._channel.recv()
             if reply.id is None:
                 self._log.warning("the pool refused what did not wait for an answer", answer=reply.answer)
-            elif (waiter := self._waiting.pop(reply.id, None)) is not None and not waiter.done():
+            elif (waiter := self._waiting.get(reply.id)) is not None and not waiter.done():
                 waiter.set_result(reply)
-            elif (undo := self._late.pop(reply.id, None)) is not None and reply.answer is not None:
-                undo(reply.answer)
+            else:
+                self._take_back(reply.id, reply)
+
+    def _take_back(self, call_id: int, reply: PoolReply) -> None:
+        """Undo what the pool did for a call that nobody waits for any more."""
+        undo = self._undo.pop(call_id, None)
+        if undo is not None and reply.answer is not None:
+            undo(reply.answer)
 
     async def join(self, event: OwnerJoined) -> Arena:
         reply = await self._ask(event, None)
@@ -229,19 +235,23 @@ class _ChannelLink:
         if not self._channel.send(PoolCall(event, call_id)):
             del self._waiting[call_id]
             raise ClusterError(f"the pool takes no more messages: {type(event).__name__} was not sent")
+        if undo is not None:
+            self._undo[call_id] = undo
         try:
             async with asyncio.timeout(self._timeout_s):
                 reply = await waiter
-        except TimeoutError:
-            raise DeadlineExceeded(f"the pool did not answer {type(event).__name__} within {self._timeout_s:g} s") from None
+        except BaseException as error:
+            if waiter.done() and not waiter.cancelled():  # it came in the very turn in which the wait ended
+                self._take_back(call_id, waiter.result())
+            if isinstance(error, TimeoutError):
+                what = type(event).__name__
+                raise DeadlineExceeded(f"the pool did not answer {what} within {self._timeout_s:g} s") from None
+            raise
         finally:
-            self._settle(call_id, undo)
+            del self._waiting[call_id]
+        self._undo.pop(call_id, None)
         _checked(reply.answer)
         return reply
-
-    def _settle(self, call_id: int, undo: Undo | None) -> None:
-        if self._waiting.pop(call_id, None) is not None and undo is not None:
-            self._late[call_id] = undo
 
 
 def _checked(answer: OwnerAnswer | None) -> OwnerAnswer | None:

@@ -143,8 +143,10 @@ class Conductor:
     def _request_event(self, event: RequestEvent, now: float) -> list[Command]:
         placed = self._requests.get(event.request_id)
         if placed is None:
-            is_homeless = isinstance(event, ev.Aborted) and self._homeless.pop(event.request_id, None) is not None
-            self.counters["aborted" if is_homeless else "late_events"] += 1
+            is_over = isinstance(event, ev.Aborted | ev.Finished)
+            is_homeless = is_over and self._homeless.pop(event.request_id, None) is not None
+            outcome = "aborted" if isinstance(event, ev.Aborted) else "finished"
+            self.counters[outcome if is_homeless else "late_events"] += 1
             return []
         is_stale = not isinstance(event, ev.Aborted) and event.instance != placed.holder
         handler = None if is_stale else _TABLE[placed.state, type(event)]
