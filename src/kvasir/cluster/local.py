@@ -63,9 +63,8 @@ def fit_to_pool(spec: ModelSpec, config: ServeConfig) -> ModelSpec:
     if usable >= spec.max_model_len:
         return spec
     if config.max_model_len is not None:
-        raise ConfigError(
-            f"--dram {config.dram} holds a request of {usable} tokens, --max-model-len asks for {config.max_model_len}; give more"
-        )
+        asked = f"--max-model-len asks for {config.max_model_len}"
+        raise ConfigError(f"--dram {config.dram} holds a request of {usable} tokens, {asked}; give more")
     return replace(spec, max_model_len=usable)
 
 
