@@ -244,9 +244,15 @@ def test_a_predicted_tbt_above_the_slo_rejects() -> None:
     assert reject.retry_after_s == pytest.approx(50 * 0.013 / 2)  # one of two leaves every half stay
 
 
+def test_a_short_wait_for_a_seat_in_the_decode_batch_rejects_nobody() -> None:
+    infos = instance("p0", Role.PREFILL), instance("d0", Role.DECODE, batch=1)
+    cluster = Cluster(*infos, admission=SloAdmission(Slo(tbt_s=1.0)))
+    assert cluster.arrive("a").decode == cluster.arrive("b").decode == "d0"
+
+
 def test_a_full_decode_pool_rejects_before_prefill() -> None:
     infos = instance("p0", Role.PREFILL), instance("d0", Role.DECODE, batch=1)
-    cluster = Cluster(*infos, admission=SloAdmission())
+    cluster = Cluster(*infos, admission=SloAdmission(Slo(tbt_s=0.02)))
     cluster.arrive("a")
     (reject,) = cluster(Arrived(request("b")))
     assert isinstance(reject, Reject)

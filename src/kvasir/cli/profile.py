@@ -51,14 +51,16 @@ def profile(
     """
     os.environ["OMP_NUM_THREADS"] = str(threads or os.cpu_count() or 1)
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    asyncio.run(_profile(model, out, dtype, block_tokens, parse_duration(budget)))
+    asyncio.run(_profile(model, out, dtype=dtype, block_tokens=block_tokens, threads=threads, budget_s=parse_duration(budget)))
 
 
-async def _profile(model: str, out: Path | None, dtype: str, block_tokens: int, budget_s: float) -> None:
+async def _profile(
+    model: str, out: Path | None, *, dtype: str, block_tokens: int, threads: int | None, budget_s: float
+) -> None:
     from kvasir.engine.torch.engine import TorchEngine
 
     console = Console(stderr=True, highlight=False)
-    spec = model_spec(load_config(None, {"model": model, "dtype": dtype, "block_tokens": block_tokens}))
+    spec = model_spec(load_config(None, {"model": model, "dtype": dtype, "block_tokens": block_tokens, "threads": threads}))
     engine = await TorchEngine.load(spec)
     engine.attach(_private_slots(engine))
     try:
@@ -72,7 +74,7 @@ async def _profile(model: str, out: Path | None, dtype: str, block_tokens: int, 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(fitted.to_json())
     _show(console, prefills, decodes, fitted)
-    console.print(f"written to {path}")
+    console.print(f"written to {path}", soft_wrap=True)
 
 
 async def _measure(engine: Engine, console: Console, budget_s: float) -> tuple[list[PrefillSample], list[DecodeSample]]:

@@ -163,5 +163,6 @@ class _Screen:
         tokens = cluster.num_slots * config.block_tokens
         self.say(f"pool holds {tokens:,} tokens in {cluster.num_slots:,} blocks of {config.block_tokens}")
         seconds = time.monotonic() - self._started
-        self.say(f"[bold green]ready[/bold green] after {seconds:.1f} s: http://{config.host}:{port}/v1")
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        self.say(f"[bold green]ready[/bold green] after {seconds:.1f} s: http://{host}:{port}/v1")
         self.say("docs at /docs, metrics at /metrics; Ctrl-C stops everything")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
@@ -56,7 +56,7 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     admission: Annotated[str, _about("slo: reject early what is predicted to miss its objectives; off: queue everything.")] = (
         "slo"
     )
-    max_queue: Annotated[int, _about("Most requests in the cluster at once; more are rejected with 429.")] = 1024
+    max_queue: Annotated[int, _about("Most requests waiting for their prefill at once; more are rejected with 429.")] = 1024
     max_batch: Annotated[int, _about("Most sequences decoding together in an instance.")] = 64
     chunk_tokens: Annotated[int, _about("Most new tokens in one step: the size of a prefill chunk.")] = 512
     request_timeout: Annotated[str, _about("Longest that one request may take.")] = "10m"
@@ -86,12 +86,17 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
 def load_config(path: Path | None, flags: dict[str, Any]) -> ServeConfig:
     """The file's settings with the flags laid over them; unknown keys and wrong types raise ConfigError."""
     values = _read_toml(path) if path is not None else {}
+    if path is not None:
+        _converted(values, f"{path}: ")
     values.update({name: value for name, value in flags.items() if value is not None})
+    return _converted(values, "")
+
+
+def _converted(values: dict[str, Any], where: str) -> ServeConfig:
     try:
         return msgspec.convert(values, ServeConfig)
     except msgspec.ValidationError as error:
-        where = f"{path}: " if path is not None else ""
-        raise ConfigError(f"{where}{_known_keys(str(error))}") from error
+        raise ConfigError(where + _in_our_words(str(error), values)) from error
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -99,15 +104,23 @@ def _read_toml(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read config file {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
     return {name.replace("-", "_"): value for name, value in values.items()}
 
 
-def _known_keys(message: str) -> str:
-    if "unknown field" not in message:
+def _in_our_words(message: str, values: dict[str, Any]) -> str:
+    """msgspec's message, with the flag, the value and what would be right."""
+    if "unknown field" in message:
+        return f"{message}; known keys: {', '.join(ServeConfig.__struct_fields__)}"
+    name = message.rpartition("`$.")[2].rstrip("`").partition("[")[0]
+    if name not in values:
         return message
-    return f"{message}; known keys: {', '.join(ServeConfig.__struct_fields__)}"
+    kind = get_args(get_type_hints(ServeConfig, include_extras=True)[name])[0]
+    choices = (
+        f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else f"{kind}".replace("<class '", "").rstrip("'>")
+    )
+    return f"--{name.replace('_', '-')} must be {choices}, got {values[name]!r}"
 
 
 def _check(config: ServeConfig) -> None:
@@ -124,6 +137,11 @@ def _check(config: ServeConfig) -> None:
     require(
         config.block_tokens >= 16 and config.block_tokens % 16 == 0,
         f"--block-tokens must be a multiple of 16, got {config.block_tokens}",
+    )
+    require(config.threads is None or config.threads >= 1, f"--threads must be at least 1, got {config.threads}")
+    require(
+        config.max_model_len is None or config.max_model_len >= 2,
+        f"--max-model-len must be at least 2, got {config.max_model_len}",
     )
     for name in ("chunk_tokens", "max_batch", "max_queue"):
         value = getattr(config, name)

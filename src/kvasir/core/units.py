@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from kvasir.core.errors import ConfigError
@@ -57,4 +58,7 @@ def _parse(text: str | float, units: dict[str, float] | dict[str, int], *, defau
     unit = (match.group(2) or default_unit).lower() if match else ""
     if match is None or unit not in units:
         raise ConfigError(f"not a {what}: {text!r}; write for example {example}")
-    return float(match.group(1)) * units[unit]
+    value = float(match.group(1)) * units[unit]
+    if not math.isfinite(value):
+        raise ConfigError(f"not a {what}: {text!r} is too large; write for example {example}")
+    return value

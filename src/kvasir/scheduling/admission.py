@@ -61,9 +61,6 @@ class SloAdmission:
     slo: Slo | ScaledSlo = field(default_factory=Slo)
 
     def judge(self, plan: Plan, costs: CostModel) -> Refusal | None:
-        if not plan.decode.fits:
-            message = f"no decode instance has room; {plan.decode.instance} would hold {plan.decode.batch} requests"
-            return Refusal("decode_full", message, _next_leaver_s(plan))
         limit_s = ttft_limit_s(self.slo, plan.request.num_prompt_tokens, costs)
         if plan.ttft_s > limit_s:
             message = f"predicted TTFT {format_duration(plan.ttft_s)} exceeds the SLO of {format_duration(limit_s)}"
@@ -72,6 +69,10 @@ class SloAdmission:
         if plan.decode.tbt_s > self.slo.tbt_s:
             message = f"predicted TBT {format_duration(plan.decode.tbt_s)} exceeds the SLO of {format_duration(self.slo.tbt_s)}"
             return Refusal("slo_tbt", message, _shrink_s(plan, self.slo.tbt_s, costs))
+        room_s = plan.decode.ahead * _next_leaver_s(plan)
+        if plan.decode.tbt_s + _as_gap(room_s, plan.expected_output_tokens) > self.slo.tbt_s:
+            full = f"{plan.decode.instance} has no room for another request before {format_duration(room_s)} have passed"
+            return Refusal("decode_full", f"{full}, which would miss the TBT of {format_duration(self.slo.tbt_s)}", room_s)
         return None
 
 
@@ -84,6 +85,11 @@ def ttft_limit_s(slo: Slo | ScaledSlo, num_prompt_tokens: int, costs: CostModel)
     if isinstance(slo, Slo):
         return slo.ttft_s
     return max(slo.ttft_floor_s, slo.ttft_factor * costs.prefill_s(num_prompt_tokens, 0))
+
+
+def _as_gap(seconds: float, output_tokens: int) -> float:
+    """What one gap of this length adds to a request's TBT, the mean of its longest tenth of gaps."""
+    return seconds / max(1, output_tokens // 10)
 
 
 def _next_leaver_s(plan: Plan) -> float:

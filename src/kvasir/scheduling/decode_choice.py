@@ -8,13 +8,17 @@ from kvasir.scheduling.view import ClusterView, DecodeView
 
 
 class DecodeChoice(Struct, frozen=True):
-    """`tbt_s` is the predicted step time of the batch with the request in it; not `fits`: it will have to wait for room."""
+    """`tbt_s` is the predicted step time of the batch with the request in it.
+
+    Not `fits`: `ahead` requests, at least, must leave before there is room for it.
+    """
 
     instance: str
     tbt_s: float
     batch: int
     context_tokens: int
     fits: bool
+    ahead: int
 
 
 def choose_decode(view: ClusterView, *, prefill: str | None, kv_tokens: int) -> DecodeChoice:
@@ -32,4 +36,5 @@ def choose_decode(view: ClusterView, *, prefill: str | None, kv_tokens: int) -> 
 def _choice(view: ClusterView, decode: DecodeView, kv_tokens: int) -> DecodeChoice:
     batch, context = decode.batch + 1, decode.context_tokens + view.num_prompt_tokens
     fits = batch <= decode.max_batch and kv_tokens <= decode.free_kv_tokens
-    return DecodeChoice(decode.id, view.costs.decode_step_s(batch, context), batch, context, fits)
+    ahead = 0 if fits else max(1, batch - decode.max_batch)
+    return DecodeChoice(decode.id, view.costs.decode_step_s(batch, context), batch, context, fits, ahead)

@@ -58,9 +58,9 @@ def replay(
     Requests go out at the trace's times however the server does (open loop). A rejection (429) is counted with its
     reason and is not a failure. Ctrl-C stops the sending and reports what happened so far.
 
-    A small machine replays the shape of big traffic, here 12,000-token prompts as 600 tokens, twice as fast:
+    A small machine replays the shape of big traffic, here 12,000-token prompts as 1,500 tokens, twice as fast:
 
-        kvasir replay synthetic:conversation --scale-length 0.05 --speed 2 --limit 200
+        kvasir replay synthetic:conversation --scale-length 0.125 --speed 2 --limit 200
     """
     plan = _Plan(
         trace=_read(trace, Shape(parse_duration(start), limit, speed, scale_length, output_scale, max_output)),
