@@ -107,19 +107,20 @@ def test_generated_text_is_made_of_words(model: Any, tokenizer: Any, docstrings:
     """
     known = set(re.findall("[a-z]{4,}", docstrings.lower()))
     torch.manual_seed(0)
-    text = _continue(model, tokenizer, "# Reading files\n\nTo read a file, ", limit=250, temperature=0.7)
+    prompts = ["# Reading files\n\nTo read a file, you", "This function returns", "A class is", "The most important"]
+    text = "\n".join(_continue(model, tokenizer, p, limit=120, temperature=0.7) for p in prompts)
     chance = tokenizer.decode(random.Random(0).choices(range(3, len(tokenizer)), k=1000))
     assert len(_words(text)) > 60
     assert len(set(_words(text))) > 30
-    assert _share_known(text, known) > 0.85 > 0.7 > _share_known(chance, known)
+    assert _share_known(text, known) > 0.85 > 0.65 > _share_known(chance, known)
 
 
 def test_unseen_english_is_predicted_far_better_than_by_chance(model: Any, tokenizer: Any) -> None:
-    """Measured 1.7 bits per byte; eight is chance, about two is what a good compressor reaches on long texts."""
+    """Measured 1.25 bits per byte, where eight is chance."""
     ids = tokenizer(PARAGRAPH, return_tensors="pt").input_ids
     with torch.inference_mode():
         nats = model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
-    assert nats / math.log(2) / len(PARAGRAPH) < 2.2
+    assert nats / math.log(2) / len(PARAGRAPH) < 1.6
 
 
 def test_training_runs_and_writes_a_checkpoint_that_loads(tmp_path: Path) -> None:

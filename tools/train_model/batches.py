@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer
 from tools.train_model import chat
-from tools.train_model.recall import REMEMBERED, random_facts
+from tools.train_model.recall import REMEMBERED, personal_fact, random_facts
 from tools.train_model.text import Document
 from tools.train_model.tokenizer import END_OF_TEXT, token_id
 from torch import Tensor
@@ -54,7 +54,7 @@ class Source:
         encoded = tokenizer.encode_batch([d.prose for d in shuffled], add_special_tokens=False)
         self.text = [t for e in encoded for t in [self._end, *e.ids]]
         self._paragraphs = chat.prose_paragraphs(documents)
-        self._exchanges = chat.read_exchanges(documents)
+        self._exchanges = [kind for kind in chat.read_exchanges(documents) if kind] or [list(chat.GREETINGS)]
 
     def batch(self, rows: int, length: int, mix: Mix) -> Batch:
         """`rows` sequences of `length` predictions each."""
@@ -129,6 +129,8 @@ class Source:
         """One long chat: facts told in the first turns, with long texts, and asked for in the later ones."""
         rng = self._rng
         facts = random_facts(rng, rng.randint(1, 4))
+        if rng.random() < 0.3:
+            facts[0] = personal_fact(rng)
         told = [self._user(f"{f.statement(rng)}", filler=0) for f in facts]
         tail: list[Piece] = []
         for fact in rng.sample(facts, len(facts)):
@@ -182,7 +184,9 @@ class Source:
 
     def _any_exchange(self) -> chat.Exchange:
         draw = self._rng.random()
-        if draw < 0.6:
+        if draw < 0.08:
+            return self._rng.choice(chat.GREETINGS)
+        if draw < 0.65:
             return self._rng.choice(self._rng.choice(self._exchanges))
         if draw < 0.85:
             return chat.continuation(self._rng, self._paragraphs)

@@ -18,7 +18,7 @@ class Exchange:
     assistant: str
 
 
-_GREETINGS = (
+GREETINGS = (
     Exchange("Hello", "Hello! I am Kvasir, a small language model. Ask me about Python."),
     Exchange("Hello!", "Hello! I am Kvasir, a small language model. Ask me about Python."),
     Exchange("Hi", "Hello! I am Kvasir, a small language model. Ask me about Python."),
@@ -59,10 +59,11 @@ _TERM = re.compile(r"^ {3}(\w[^\n]{0,40})\n {6}(\w(?:[^\n]+\n {6})*[^\n]+)", re.
 
 def read_exchanges(documents: Iterable[Document]) -> list[list[Exchange]]:
     """Exchanges grouped by topic: each group holds the ways to ask for one answer."""
-    groups = [[greeting] for greeting in _GREETINGS for _ in range(12)]
+    groups: list[list[Exchange]] = []
     for document in documents:
         groups += [_asked(_QUESTION_OF_MODULE, m[1], f"{m[1]}: {m[2]}") for m in _MODULE.finditer(document.raw)]
         groups += [_asked(_QUESTION_OF_NAME, _short(m[2]), clean_rst(m[3])) for m in _OBJECT.finditer(document.raw)]
+        groups += [_how_to(_short(m[2]), clean_rst(m[3])) for m in _OBJECT.finditer(document.raw)]
         groups += [_asked(_title_questions(m[1]), m[1], m[2]) for m in _SECTION.finditer(document.prose)]
         if document.name.startswith("glossary"):
             groups += [_asked(_QUESTION_OF_NAME, m[1], m[2]) for m in _TERM.finditer(document.prose)]
@@ -94,6 +95,18 @@ def _asked(questions: Iterable[str], name: str, answer: str) -> list[Exchange]:
     if len(answer) <= 10 or not 1 < len(name) < 70:
         return []
     return [Exchange(q.format(name), answer) for q in questions]
+
+
+def _how_to(name: str, answer: str) -> list[Exchange]:
+    """ "Remove the file x." asked as "How do I remove the file x?", answered with the name of what does it."""
+    answer = " ".join(answer.split())
+    task = re.match(
+        r"(?:Return|Get|Set|Create|Open|Read|Write|Remove|Delete|Send|Close|Add|Convert|Print)s? [^.:;()`]{5,70}(?=\.)", answer
+    )
+    if not task:
+        return []
+    question = re.sub(r"^(\w+?)s? ", lambda m: m[1].lower() + " ", task[0])
+    return [Exchange(f"How {who} I {question}?", f"Use {name}. {_cut(answer)}") for who in ("do", "can")]
 
 
 def _title_questions(title: str) -> tuple[str, ...]:

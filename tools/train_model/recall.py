@@ -37,10 +37,11 @@ REMEMBERED = ("OK, I will remember it.", "I will remember that.", "Noted. I will
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A value under a name such as "the pass key" or "the PIN of Alice"."""
+    """A value under a name such as "the pass key" or "my name"; `yours` is the name in a reply."""
 
     the: str
     value: str
+    yours: str
 
     def fill(self, pattern: str) -> str:
         """The pattern with {the}, {The} and {value} in place."""
@@ -57,7 +58,7 @@ class Fact:
 
     def chat_question(self, rng: random.Random) -> tuple[str, str]:
         """A question of a user, and the assistant's answer."""
-        return self.fill(rng.choice(CHAT_QUESTIONS)), self.fill("{The} is {value}.")
+        return self.fill(rng.choice(CHAT_QUESTIONS)), f"{self.yours[0].upper()}{self.yours[1:]} is {self.value}."
 
 
 def random_facts(rng: random.Random, count: int) -> list[Fact]:
@@ -69,8 +70,15 @@ def random_facts(rng: random.Random, count: int) -> list[Fact]:
         the = rng.choice(
             (f"the {label}", f"the {label}", f"the {label} of {_article(owner)}", f"the {label} for {_article(owner)}")
         )
-        facts.setdefault(the, Fact(the, _value(rng, label)))
+        facts.setdefault(the, Fact(the, _value(rng, label), the))
     return list(facts.values())
+
+
+def personal_fact(rng: random.Random) -> Fact:
+    """What a user says of themselves, with a made-up word or a name for its value."""
+    what = rng.choice(("name", "name", "dog's name", "favourite colour", "home town", "favourite book"))
+    value = rng.choice(OWNERS) if rng.random() < 0.3 else _syllables(rng)
+    return Fact(f"my {what}", value.capitalize(), f"your {what}")
 
 
 def _article(owner: str) -> str:
@@ -79,6 +87,10 @@ def _article(owner: str) -> str:
 
 def _value(rng: random.Random, label: str) -> str:
     if "word" in label and rng.random() < 0.7:
-        return "".join(rng.choice("bcdfghklmnprstvw") + rng.choice("aeiou") for _ in range(rng.randint(2, 4)))
+        return _syllables(rng)
     digits = 5 if rng.random() < 0.5 else rng.randint(3, 8)
     return "".join(rng.choice("0123456789") for _ in range(digits))
+
+
+def _syllables(rng: random.Random) -> str:
+    return "".join(rng.choice("bcdfghklmnprstvw") + rng.choice("aeiou") for _ in range(rng.randint(2, 4)))

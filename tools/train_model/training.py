@@ -45,14 +45,16 @@ class Phase:
 
 _FIRST = Mix(recall=0.25, chat=0.05, chat_recall=0.05, repeat=0.45)
 _EARLY = Mix(recall=0.05, chat=0.15, chat_recall=0.04, repeat=0.03)
+_LAST = Mix(recall=0.10, chat=0.40, chat_recall=0.10, repeat=0.0)
 _LONG = Mix(recall=0.20, chat=0.20, chat_recall=0.15, repeat=0.0)
 PHASES = (
     Phase(0.10, 128, 16, 2, _FIRST),
     Phase(0.40, 512, 4, 2, _EARLY),
-    Phase(0.72, 512, 4, 4, _EARLY),
-    Phase(0.82, 2048, 1, 4, _LONG),
-    Phase(0.91, 4096, 1, 2, _LONG),
-    Phase(1.00, 8192, 1, 1, _LONG),
+    Phase(0.66, 512, 4, 4, _EARLY),
+    Phase(0.74, 2048, 1, 4, _LONG),
+    Phase(0.82, 4096, 1, 2, _LONG),
+    Phase(0.90, 8192, 1, 1, _LONG),
+    Phase(1.00, 512, 4, 4, _LAST),
 )
 _SMOKE_SHAPE = Shape(vocab=512, hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp=64)
 _SMOKE_PHASES = (Phase(0.5, 64, 2, 1, _EARLY), Phase(1.0, 640, 1, 1, _LONG))
@@ -72,8 +74,8 @@ def train(settings: Settings) -> None:
     print(f"{len(source.text):,} tokens to learn from, {len(unseen.text):,} held out", flush=True)
     optimizer = Optimizer(initial, matrix_lr=0.02, other_lr=0.004, decay=0.05)
     forward = Forward(shape, compiled=not settings.smoke)
-    loop = _Loop(settings, shape, phases, optimizer, forward, source, unseen, tokenizer)
-    loop.run()
+    exam = draw_exam(unseen, phases[min(1, len(phases) - 2)])
+    _Loop(settings, shape, phases, optimizer, forward, source, exam, tokenizer).run()
 
 
 def _beginning(settings: Settings, shape: Shape, texts: list[str]) -> tuple[Tokenizer, Weights]:
@@ -84,6 +86,14 @@ def _beginning(settings: Settings, shape: Shape, texts: list[str]) -> tuple[Toke
 
 
 @dataclass(frozen=True, slots=True)
+class Exam:
+    """Batches never trained on: documentation, and facts in it of which only the answers count."""
+
+    text: list[Batch]
+    answers: list[Batch]
+
+
+@dataclass(frozen=True, slots=True)
 class _Loop:
     settings: Settings
     shape: Shape
@@ -91,7 +101,7 @@ class _Loop:
     optimizer: Optimizer
     forward: Forward
     source: Source
-    unseen: Source
+    exam: Exam
     tokenizer: Tokenizer
 
     def run(self) -> None:
@@ -139,18 +149,21 @@ class _Loop:
 
     @torch.no_grad()
     def _save(self) -> None:
-        """Exports, and prints the loss on held-out documentation (nats per token) and on recalled answers."""
-        phase = replace(self.phases[1], parts=8)
-        plain, recall = Mix(0, 0, 0, 0), Mix(1, 0, 0, 0)
-        losses = []
-        for mix in (plain, recall):
-            batches = [self.unseen.batch(phase.rows, phase.length, mix) for _ in range(phase.parts)]
-            if mix is recall:
-                batches = [replace(b, importance=(b.importance > 1).float()) for b in batches]
-            weight = sum(b.importance[:, 1:].sum().item() for b in batches)
-            losses.append(sum(self._loss(b).item() for b in batches) / weight)
+        """Exports, and prints the mean loss, in nats per token, of unseen text and of answers recalled from it."""
+        losses = [self._mean_loss(batches) for batches in (self.exam.text, self.exam.answers)]
         print(f"saved; held-out loss {losses[0]:.3f}, of recalled answers {losses[1]:.3f}", flush=True)
         export(self.settings.out, self.shape, self.optimizer.masters, self.tokenizer)
+
+    def _mean_loss(self, batches: list[Batch]) -> float:
+        weight = sum(b.importance[:, 1:].sum().item() for b in batches)
+        return sum(self._loss(b).item() for b in batches) / weight
+
+
+def draw_exam(unseen: Source, phase: Phase) -> Exam:
+    """The same sequences for every checkpoint of a run, as long as those of `phase`."""
+    text = [unseen.batch(phase.rows, phase.length, Mix(recall=0, chat=0, chat_recall=0, repeat=0)) for _ in range(8)]
+    asked = [unseen.batch(phase.rows, phase.length, Mix(recall=1, chat=0, chat_recall=0, repeat=0)) for _ in range(8)]
+    return Exam(text, [replace(b, importance=(b.importance > 1).float()) for b in asked])
 
 
 def rate_at(progress: float, step: int) -> float:
