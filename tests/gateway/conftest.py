@@ -150,5 +150,11 @@ async def url(service: FakeService, tokenizer: Tokenizer, config: GatewayConfig)
 @pytest.fixture
 def rejection() -> Rejected:
     decision = Decision(request_id="r", policy="predicted_load", reason="decode is full", at_s=1.0, ttft_s=42.0)
-    reject = Reject(request_id="r", code="tbt_slo", message="decode would be too slow", retry_after_s=2.3, decision=decision)
+    reject = Reject(
+        request_id="r",
+        code="slo_tbt",
+        message="predicted TBT 140 ms exceeds the SLO of 100 ms",
+        retry_after_s=2.3,
+        decision=decision,
+    )
     return Rejected(reject)

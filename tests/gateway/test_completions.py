@@ -229,6 +229,8 @@ async def test_docs_describe_the_bodies(client: httpx.AsyncClient) -> None:
 async def test_health_and_version_always_answer(client: httpx.AsyncClient, service: Any) -> None:
     service.ready = False
     assert (await client.get("/health")).status_code == 200
+    assert (await client.head("/health")).status_code == 200
+    assert (await client.head("/ready")).status_code == 503
     assert (await client.get("/version")).json()["version"]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from kvasir.core.errors import ConfigError
 from kvasir.gateway.app import make_app
@@ -77,8 +78,39 @@ async def test_answers_that_outlive_the_deadline_are_aborted(service: Any, token
             asking = asyncio.create_task(client.post(f"http://127.0.0.1:{port}/v1/completions", json=TEXT))
             await until(lambda: bool(service.submitted))
         assert len(service.aborted) == 1
-        with pytest.raises(httpx.HTTPError):
-            (await asking).raise_for_status()
+        response = await asking
+        assert response.status_code == 503
+        assert "the server is stopping" in response.json()["error"]["message"]
+
+
+async def test_a_stream_that_outlives_the_deadline_ends_with_an_error_event(
+    service: Any, tokenizer: Tokenizer, says: Any
+) -> None:
+    first, *_ = [step for step in says("the quick")(_any_submission()) if not isinstance(step, float)]
+    service.script = lambda _: [first, 60.0]
+    app = make_app(service, tokenizer, GatewayConfig())
+    async with serve_http(app, "127.0.0.1", 0, stop_timeout_s=0) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(raw_request(TEXT | {"stream": True}))
+        await reader.readuntil(b'"text":"the"')
+    async with asyncio.timeout(10):
+        rest = await reader.read()
+    writer.close()
+    assert len(service.aborted) == 1
+    assert b"the server is stopping" in rest
+    assert b"[DONE]" not in rest
+
+
+async def test_a_client_that_leaves_while_it_sends_is_no_error(url: str, service: Any) -> None:
+    with capture_logs() as lines:
+        _, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        writer.write(raw_request(TEXT)[:-5])
+        await writer.drain()
+        await asyncio.sleep(0.1)
+        writer.close()
+        await until(lambda: bool(lines))
+    assert [(line["status"], line["code"]) for line in lines] == [(499, "client_gone")]
+    assert not service.submitted
 
 
 async def test_a_port_in_use_is_a_config_error_with_the_remedy(service: Any, tokenizer: Tokenizer) -> None:

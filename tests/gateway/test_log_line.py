@@ -26,8 +26,8 @@ async def test_a_rejection_has_its_code(client: httpx.AsyncClient, service: Any,
     service.script = lambda _: [rejection]
     with capture_logs() as lines:
         await client.post("/v1/chat/completions", json=CHAT)
-    assert (lines[0]["status"], lines[0]["code"]) == (429, "tbt_slo")
-    assert 'kvasir_requests_rejected_total{code="tbt_slo",model_name="tiny"} 1.0' in (await client.get("/metrics")).text
+    assert (lines[0]["status"], lines[0]["code"]) == (429, "slo_tbt")
+    assert 'kvasir_requests_rejected_total{code="slo_tbt",model_name="tiny"} 1.0' in (await client.get("/metrics")).text
 
 
 @pytest.mark.parametrize("change", [{}, {"temperature": 9}, {"messages": "SECRET"}, {"model": "other"}, {"stream": True}])

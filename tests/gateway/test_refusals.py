@@ -163,6 +163,37 @@ async def test_tokenize_takes_a_prompt_or_messages(client: httpx.AsyncClient) ->
     check(await client.post("/detokenize", json={"tokens": ["SECRET"]}), 400, param="tokens")
 
 
+@pytest.mark.parametrize("prompt", [["SECRET"] * 129, [[1]] * 129], ids=["texts", "tokens"])
+async def test_too_many_prompts_are_a_400_with_the_bound(client: httpx.AsyncClient, prompt: Any) -> None:
+    error = check(await client.post("/v1/completions", json=TEXT | {"prompt": prompt}), 400, param="prompt")
+    assert "at most 128 prompts" in error["message"]
+
+
+async def test_many_faults_are_told_as_fast_as_one(client: httpx.AsyncClient) -> None:
+    check(await client.post("/v1/completions", json=TEXT | {"prompt": [1.5] * 500_000}), 400, param="prompt")
+
+
+async def test_empty_messages_are_called_so(client: httpx.AsyncClient) -> None:
+    error = check(await client.post("/v1/chat/completions", json=CHAT | {"messages": []}), 400, param="messages")
+    assert error["message"] == "messages is empty; give at least one message"
+
+
+async def test_null_is_the_default(client: httpx.AsyncClient) -> None:
+    common = dict.fromkeys(("stream", "ignore_eos", "priority", "logprobs", "stream_options"))
+    texts = TEXT | common | dict.fromkeys(("echo", "add_special_tokens"))
+    chats = CHAT | common | {"add_generation_prompt": None}
+    assert (await client.post("/v1/completions", json=texts)).status_code == 200
+    assert (await client.post("/v1/chat/completions", json=chats)).status_code == 200
+    check(await client.post("/v1/completions", json={"prompt": None}), 400, code="missing_required_parameter", param="prompt")
+
+
+async def test_a_compressed_body_is_a_415(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/completions", json=TEXT, headers={"content-encoding": "gzip"})
+    error = check(response, 415, code="unsupported_encoding")
+    assert error["message"] == "Content-Encoding gzip is not supported; send the body uncompressed"
+    assert (await client.post("/v1/completions", json=TEXT, headers={"content-encoding": "identity"})).status_code == 200
+
+
 class TestSmallBodies:
     @pytest.fixture
     def config(self) -> GatewayConfig:
@@ -197,7 +228,7 @@ async def test_a_rejection_is_a_429_with_its_reason(
 ) -> None:
     service.script = lambda _: [rejection]
     response = await client.post("/v1/completions", json=TEXT | {"stream": stream, "n": n})
-    error = check(response, 429, code="tbt_slo")
+    error = check(response, 429, code="slo_tbt")
     assert response.headers["retry-after"] == "3"
     assert error["retry_after_s"] == 2.3
     assert error["decision"] == {"policy": "predicted_load", "reason": "decode is full", "ttft_s": 42.0, "tbt_s": None}

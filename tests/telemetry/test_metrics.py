@@ -88,9 +88,9 @@ def test_cached_blocks_that_can_be_evicted_do_not_count_as_used() -> None:
 
 def test_rejections_are_counted_by_code() -> None:
     metrics = metrics_of(Status())
-    for code in ("ttft_slo", "tbt_slo", "tbt_slo"):
+    for code in ("slo_ttft", "slo_tbt", "slo_tbt"):
         metrics.rejected(code)
-    assert value(metrics, "kvasir_requests_rejected_total", code="tbt_slo") == 2
+    assert value(metrics, "kvasir_requests_rejected_total", code="slo_tbt") == 2
 
 
 def test_two_gateways_in_one_process_do_not_share_a_registry() -> None:

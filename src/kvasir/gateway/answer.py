@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from kvasir.core.errors import KvasirError
+from kvasir.core.errors import ClusterError, KvasirError
 from kvasir.gateway.encoding import DONE, ChatShape, CompletionShape, Shape, Whole
 from kvasir.gateway.errors import ClientGone, ErrorReply, reply_to
 from kvasir.gateway.exchange import Exchange, Tally, Usage
@@ -52,6 +52,15 @@ class Answer(Response):
                 group.create_task(self._work(sink)).add_done_callback(lambda _: watcher.cancel())
         except BaseExceptionGroup as failures:
             raise first_of(failures) from None
+        except asyncio.CancelledError:  # by the HTTP server, whose time to end is over
+            stopping = ClusterError("the server is stopping; send the request again")
+            if not sink.has_begun:
+                raise stopping from None
+            if self._is_complete:  # nothing may follow the last event
+                raise
+            reply = reply_to(stopping)
+            self._exchange.code = reply.code
+            await sink.fail(reply)
         finally:
             self._tell_exchange()
 

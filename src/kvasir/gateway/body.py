@@ -7,10 +7,11 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from kvasir.core.errors import RequestError
-from kvasir.gateway.fields import Fields, refuse_unsupported
+from kvasir.gateway.errors import ClientGone
+from kvasir.gateway.fields import MAX_PROMPTS, Fields, refuse_unsupported
 
 F = TypeVar("F", bound=Fields)
 
@@ -19,7 +20,7 @@ _READ_TIMEOUT_S = 60.0
 
 
 async def read_fields(request: Request, kind: type[F], *, max_bytes: int) -> F:
-    """The body as `kind`. Raises RequestError: 400, 408 or 413."""
+    """The body as `kind`. Raises RequestError: 400, 408, 413 or 415."""
     raw = await _read(request, max_bytes)
     try:
         fields = kind.model_validate_json(raw)
@@ -30,6 +31,10 @@ async def read_fields(request: Request, kind: type[F], *, max_bytes: int) -> F:
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        message = f"Content-Encoding {encoding[:50]} is not supported; send the body uncompressed"
+        raise RequestError(message, status=415, code="unsupported_encoding")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > max_bytes:
         raise _too_large(max_bytes)
@@ -41,6 +46,8 @@ async def _read(request: Request, max_bytes: int) -> bytes:
                 if size > max_bytes:
                     raise _too_large(max_bytes)
                 chunks.append(chunk)
+    except ClientDisconnect:
+        raise ClientGone from None
     except TimeoutError:
         message = f"the request body did not arrive within {_READ_TIMEOUT_S:.0f} s"
         raise RequestError(message, status=408, code="request_timeout") from None
@@ -62,8 +69,12 @@ def _refusal(errors: list[ErrorDetails]) -> RequestError:
     if first["type"] == "missing" and len(first["loc"]) == 1:
         return RequestError(f"{param} is required", code="missing_required_parameter", param=param)
     if param == "prompt":
+        if any(error["type"] == "too_long" for error in errors if error["loc"][0] == param):
+            return RequestError(f"prompt: at most {MAX_PROMPTS} prompts", param=param)
         expected = "a string, a list of strings, a list of token ids, or a list of lists of token ids"
         return RequestError(f"prompt must be {expected}", param=param)
+    if first["type"] == "too_short" and first["loc"] == ("messages",):
+        return RequestError("messages is empty; give at least one message", param=param)
     where = ".".join(str(part) for part in first["loc"] if not _is_branch(part))
     return RequestError(f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}", param=param)
 

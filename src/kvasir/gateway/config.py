@@ -15,8 +15,8 @@ class GatewayConfig:
     """The name that clients give in `model`; the checkpoint's own name when unset."""
     api_keys: tuple[str, ...] = ()
     """Accepted `Authorization: Bearer` keys; each is a tenant of its own. None configured: the API is open."""
-    max_body_bytes: int = 16 * 2**20
-    """Longest request body; a million tokens of text fit."""
+    max_body_bytes: int = 4 * 2**20
+    """Longest request body; half a million tokens of text fit."""
     max_choices: int = 128
     """Most choices of one request, over all its prompts."""
     max_logprobs: int = 20

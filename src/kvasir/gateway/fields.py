@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictInt, model_validator
 
 from kvasir.core.errors import RequestError
 
 MAX_STOPS = 16
+MAX_PROMPTS = 128
 MAX_STOP_CHARS = 1024
 MAX_TEMPERATURE = 2.0
 """OpenAI's bound."""
@@ -18,11 +19,25 @@ _INT64 = 2**63
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
 
+T = TypeVar("T")
+Many = Annotated[list[T], Field(fail_fast=True)]
+"""A list whose first fault ends its validation: millions of faults would otherwise hold up the event loop for a minute."""
+Few = Annotated[list[T], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+TokenIds = Many[StrictInt]
+
 
 class Fields(BaseModel):
     """Unknown fields are ignored, as OpenAI-compatible servers do; known ones that we cannot honour are refused."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_left_out(cls, given: object) -> object:
+        """Clients send null for what their users did not set."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None or name not in cls.model_fields}
 
 
 class StreamOptions(Fields):
@@ -46,9 +61,9 @@ class GenerationFields(Fields):
     top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
     """Draw from the k most likely tokens; 0 (or -1, as elsewhere) is off."""
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
-    stop: Stop | list[Stop] | None = None
+    stop: Stop | Many[Stop] | None = None
     """Up to 16 strings; the answer ends before the first of them."""
-    stop_token_ids: list[StrictInt] | None = Field(None, max_length=1024)
+    stop_token_ids: TokenIds | None = Field(None, max_length=1024)
     min_tokens: int | None = Field(None, ge=0)
     """Only together with `ignore_eos`, where it says nothing new; load generators send it."""
     ignore_eos: bool = False
@@ -70,7 +85,7 @@ class GenerationFields(Fields):
 
 
 class CompletionRequest(GenerationFields):
-    prompt: str | list[StrictInt] | list[str] | list[list[StrictInt]]
+    prompt: str | TokenIds | Few[str] | Few[TokenIds]
     """Text, token ids, or a list of either: one answer (or `n`) for each."""
     logprobs: int | None = Field(None, ge=0)
     """Report the logprob of each token and of this many of the most likely ones."""
@@ -80,11 +95,11 @@ class CompletionRequest(GenerationFields):
 
 class ChatMessage(Fields):
     role: str
-    content: str | list[dict[str, JsonValue]] | None = None
+    content: str | Many[dict[str, JsonValue]] | None = None
 
 
 class ChatRequest(GenerationFields):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Many[ChatMessage] = Field(min_length=1)
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0)
@@ -96,7 +111,7 @@ class ChatRequest(GenerationFields):
 class TokenizeRequest(Fields):
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Many[ChatMessage] | None = None
     add_special_tokens: bool | None = None
     """True for a prompt, false for messages when left out: a chat template writes its own."""
     add_generation_prompt: bool = True
@@ -106,7 +121,7 @@ class TokenizeRequest(Fields):
 
 class DetokenizeRequest(Fields):
     model: str | None = None
-    tokens: list[StrictInt]
+    tokens: TokenIds
 
 
 _NEUTRAL: dict[str, tuple[JsonValue, ...]] = {

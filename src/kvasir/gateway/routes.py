@@ -72,11 +72,13 @@ def operator_routes(desk: Desk) -> APIRouter:
     """What probes, scrapers and people call."""
     router = APIRouter(tags=["Operation"])
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     async def health() -> Response:
         """The process is alive."""
         return PlainTextResponse("ok\n")
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready")
     async def ready() -> Response:
         """Requests can be answered: 200, or 503 with the reason."""

@@ -44,7 +44,13 @@ async def serve_http(app: ASGIApp, host: str, port: int, *, stop_timeout_s: floa
     listener = _listen(host, port)
     stop_s = max(1, ceil(stop_timeout_s))
     config = uvicorn.Config(
-        app, lifespan="off", log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=stop_s
+        app,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=stop_s,
     )
     server = _Server(config)
     # not a TaskGroup: it would wrap whatever the context's body raises
