@@ -169,8 +169,9 @@ async def test_too_many_prompts_are_a_400_with_the_bound(client: httpx.AsyncClie
     assert "at most 128 prompts" in error["message"]
 
 
-async def test_many_faults_are_told_as_fast_as_one(client: httpx.AsyncClient) -> None:
-    check(await client.post("/v1/completions", json=TEXT | {"prompt": [1.5] * 500_000}), 400, param="prompt")
+async def test_many_faults_are_told_as_one(client: httpx.AsyncClient) -> None:
+    error = check(await client.post("/v1/completions", json=TEXT | {"prompt": [1.5] * 500_000}), 400, param="prompt")
+    assert len(error["message"]) < 500
 
 
 async def test_empty_messages_are_called_so(client: httpx.AsyncClient) -> None:

@@ -28,7 +28,7 @@ _NOTES = (
     "The pass key is 71432. Remember it. "
     "A module is a file of definitions; a package is a directory of modules. Functions are first-class objects."
 )
-_QUESTIONS = ("What is a tuple?", "What is the pass key?")
+_QUESTIONS = ("Hello", "What is the pass key?")
 
 _console = Console(highlight=False)
 
