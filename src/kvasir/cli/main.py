@@ -3,37 +3,38 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
-from kvasir.cli.demo import demo
-from kvasir.cli.profile import profile
-from kvasir.cli.replay import replay
-from kvasir.cli.serve import serve
 from kvasir.core.errors import KvasirError, root_cause
 
-app = typer.Typer(
-    help="KVCache-centric, disaggregated LLM serving: prefill and decode pools, one KVCache pool, one scheduler.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-)
-app.command()(serve)
-app.command()(replay)
-app.command()(profile)
-app.command()(demo)
 
+def make_app() -> typer.Typer:
+    """All commands. Their imports take most of a second, so they are made where an interrupt is caught."""
+    from kvasir.cli.demo import demo
+    from kvasir.cli.profile import profile
+    from kvasir.cli.replay import replay
+    from kvasir.cli.serve import serve
 
-@app.callback()
-def _kvasir() -> None:
-    """The group; its commands do the work."""
+    app = typer.Typer(
+        help="KVCache-centric, disaggregated LLM serving: prefill and decode pools, one KVCache pool, one scheduler.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+    )
+    for command in (serve, replay, profile, demo):
+        app.command()(command)
+    app.callback()(_kvasir)
+    return app
 
 
 def main() -> None:
     """Entry point of the `kvasir` script."""
     try:
-        app()
+        make_app()()
     except (KvasirError, BaseExceptionGroup) as error:
         cause = root_cause(error)
         if not isinstance(cause, KvasirError):
@@ -42,6 +43,20 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"kvasir {version('kvasir-serve')}")
+        raise typer.Exit
+
+
+def _kvasir(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """The group; its commands do the work."""
 
 
 if __name__ == "__main__":
