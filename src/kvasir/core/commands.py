@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from msgspec import Struct
+
+from kvasir.core.keys import BlockKey
+from kvasir.core.request import Role
 
 
 class Command(Struct, frozen=True, tag=True):
@@ -12,7 +17,9 @@ class Command(Struct, frozen=True, tag=True):
 class Candidate(Struct, frozen=True):
     """One prefill instance as a policy saw it; all times are predicted seconds.
 
-    `prefix_tokens` will be in place when the prefill starts; of these, `fetch_tokens` come from `source` node.
+    `prefix_tokens` will be in place when the prefill starts; of these, `fetch_tokens` come from `source` node, and
+    `load_tokens` from the SSD of the instance's own node. `transfer_s` is what of that compute does not hide. A chunked
+    pipeline has its stages in `group`, in order; `instance` is the last of them and holds the request.
     """
 
     instance: str
@@ -22,6 +29,8 @@ class Candidate(Struct, frozen=True):
     prefix_tokens: int
     fetch_tokens: int = 0
     source: str | None = None
+    load_tokens: int = 0
+    group: tuple[str, ...] = ()
 
     @property
     def ttft_s(self) -> float:
@@ -68,13 +77,17 @@ class Fail(Command, frozen=True):
 
 
 class Prefill(Command, frozen=True):
-    """Run the prompt on `instance`; keep decoding there when `decode` is the same instance, else hand off."""
+    """Run the prompt on `instance`; keep decoding there when `decode` is the same instance, else hand off.
+
+    The first token is due at `deadline_s`, which orders the instance's queue.
+    """
 
     request_id: str
     instance: str
     decode: str
     candidate: Candidate
     decision: Decision
+    deadline_s: float = math.inf
 
 
 class Decode(Command, frozen=True):
@@ -97,6 +110,21 @@ class ShareCores(Command, frozen=True):
 
     instance: str
     with_prefill: bool
+
+
+class SetRole(Command, frozen=True):
+    """From now on `instance` has another role. What it still does in the old one it brings to its end (drain)."""
+
+    instance: str
+    role: Role
+
+
+class Replicate(Command, frozen=True):
+    """Copy blocks, a prefix in order, from one node's DRAM to another's; best effort, in the background."""
+
+    source: str
+    target: str
+    keys: tuple[BlockKey, ...]
 
 
 class Resync(Command, frozen=True):
@@ -122,9 +150,17 @@ class Chunk(Struct, frozen=True):
 
 
 class Step(Command, frozen=True):
-    """One forward pass: prefill chunks and decode tokens together."""
+    """One forward pass: prefill `chunks`, and one token for each of `batch` decoding sequences.
+
+    The contexts of the decoding sequences sum to `context_tokens` in the first pass; `Batcher.decode_chunks()` lists them
+    until StepDone. A step of decode tokens alone may be made `repeats` times, each pass one token further: until then nobody
+    ends by length or needs a page. StepDone says how many passes were made.
+    """
 
     chunks: tuple[Chunk, ...]
+    batch: int = 0
+    context_tokens: int = 0
+    repeats: int = 1
 
 
 class FilledBlock(Struct, frozen=True):

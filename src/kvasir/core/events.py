@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from msgspec import Struct
 
 from kvasir.core.keys import BlockKey
@@ -128,7 +130,11 @@ class Submitted(Event, frozen=True):
     `num_tokens` counts the tokens known so far (the prompt, and for a handed-off sequence its first token); at least one is not
     yet computed. `max_total_tokens` is where it must end; `hand_off` says that it leaves after its prefill. A last page that is
     partly filled is the lease's own (adopted with a hand-off) and will be written; full pages never are. A higher
-    `priority` goes first.
+    `priority` goes first; `deadline_s`, when its first token is due, is for orders that look at it.
+
+    A stage of a chunked pipeline computes a `share` below 1 of the model's layers: only the first `available` tokens may be
+    computed until Extended says that more have come through the stage before. Every stage but the last `is_stage`: it
+    leaves with Release when its prompt is computed, publishes nothing and draws no token.
     """
 
     request_id: str
@@ -138,15 +144,28 @@ class Submitted(Event, frozen=True):
     pages: tuple[int, ...]
     hand_off: bool = False
     priority: int = 0
+    deadline_s: float = math.inf
+    share: float = 1.0
+    available: int | None = None
+    is_stage: bool = False
+
+
+class Extended(Event, frozen=True):
+    """The stage before has computed the first `available` tokens of a sequence, which may be computed here now."""
+
+    request_id: str
+    available: int
 
 
 class StepDone(Event, frozen=True):
     """The last Step was carried out. `finished` are the sequences whose newest token ended them.
 
-    A sequence that reached its `max_total_tokens` is over whether it is listed or not.
+    A sequence that reached its `max_total_tokens` is over whether it is listed or not. Of a Step that repeats, `steps` passes
+    were made; whoever carries it out may stop early.
     """
 
     finished: tuple[str, ...] = ()
+    steps: int = 1
 
 
 class Cancelled(Event, frozen=True):
