@@ -1,5 +1,6 @@
 """PoolNode against a naive model: random events of several owners, incarnations and leases, checked after each one.
 
+Once without and once with an SSD, whose writes and reads end, well or not, in any order and also after those that asked died.
 Keys spell out the path to their block, so the model knows every block's parent and can tell a stranded suffix.
 """
 
@@ -7,13 +8,17 @@ from dataclasses import dataclass, field
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvasir.core.pool_events import (
     AdoptLease,
     KeyedSlot,
     LeaseBlocks,
     Leased,
+    LoadDone,
+    Loaded,
+    Loading,
+    LoadStart,
     OfferLease,
     OwnerJoined,
     OwnerLost,
@@ -27,12 +32,17 @@ from kvasir.core.pool_events import (
     ReleaseLease,
     Removed,
     Reserved,
+    Spill,
+    SpillDone,
     Stored,
 )
+from kvasir.core.tier import Tier
 from kvasir.pool.node import PoolNode
 
 NUM_SLOTS = 6
 OFFER_S = 3.0
+NUM_SSD_SLOTS = 5
+MAX_SPILLING = 2
 
 OWNERS = st.sampled_from(["p", "d"])
 HOLDERS = st.sampled_from([None, None, None, None, "p", "d"])  # None is whoever holds the lease
@@ -66,6 +76,8 @@ class NodeMachine(RuleBasedStateMachine):
         self.node = PoolNode(NUM_SLOTS)
         self.now = 0.0
         self.free = set(range(NUM_SLOTS))
+        self.writing: dict[int, tuple[bytes, int]] = {}  # ssd slot → key, slot
+        self.leaving: set[int] = set()  # slots whose block was evicted while it is written out
         self.epochs: dict[str, int] = {}
         self.alive: set[str] = set()
         self.reserved: dict[str, set[int]] = {}
@@ -107,15 +119,15 @@ class NodeMachine(RuleBasedStateMachine):
         if answers is None:
             return
         pinned = self.pinned()
-        possible = len(self.free) + len(self.published.keys() - pinned)
         *removed, answer = answers
         for gone in removed:
             assert isinstance(gone, Removed)
             assert not set(gone.keys) & pinned, "a leased block was evicted"
             assert count > len(self.free), "evicted without need"
-            self.free |= {self.published.pop(key) for key in gone.keys}
+            self.evict(gone.keys)
         assert isinstance(answer, Reserved)
-        assert len(answer.slots) == min(count, possible)
+        assert len(answer.slots) == min(count, len(self.free))
+        assert len(answer.slots) == count or self.published.keys() <= pinned, "not all was evicted that could be"
         assert set(answer.slots) <= self.free
         self.free -= set(answer.slots)
         self.reserved[owner] |= set(answer.slots)
@@ -131,7 +143,7 @@ class NodeMachine(RuleBasedStateMachine):
             return
         hit = next((i for i, key in enumerate(keys) if key not in self.published), len(keys))
         slots = [self.published[key] for key in keys[:hit]]
-        assert answers == [Leased(lease, tuple(slots))]
+        assert answers == [Leased(lease, tuple(slots), self.num_on_ssd(keys[hit:]))]
         self.leases[lease] = ModelLease(owner, path, slots, hit)
 
     @rule(holder=HOLDERS, older=EPOCHS, lease=LEASES, count=COUNTS)
@@ -313,6 +325,14 @@ class NodeMachine(RuleBasedStateMachine):
     def refused(answers: list[PoolAnswer]) -> str:
         return answers[0].code if answers and isinstance(answers[0], Refused) else ""
 
+    def num_on_ssd(self, keys: tuple[bytes, ...]) -> int:
+        return 0
+
+    def evict(self, keys: tuple[bytes, ...]) -> None:
+        slots = {self.published.pop(key) for key in keys}
+        self.leaving |= slots & {slot for _, slot in self.writing.values()}
+        self.free |= slots - self.leaving
+
     def pinned(self) -> set[bytes]:
         return {key for lease in self.leases.values() for key in lease.keys}
 
@@ -339,5 +359,175 @@ class NodeMachine(RuleBasedStateMachine):
             self.close(lease)
 
 
+@dataclass
+class ModelLoad:
+    owner: str
+    epoch: int
+    lease: ModelLease
+    keys: tuple[bytes, ...]
+    slots: tuple[int, ...]
+    ssd_slots: tuple[int, ...]
+
+
+class SsdNodeMachine(NodeMachine):
+    """The SSD holds fewer blocks than the paths have, so it evicts too; what it says is taken out of the answers in `tell`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.node = PoolNode(NUM_SLOTS, ssd_slots=NUM_SSD_SLOTS, max_spilling=MAX_SPILLING)
+        self.on_ssd: dict[bytes, int] = {}
+        self.loads: dict[str, ModelLoad] = {}
+        self.excused: set[bytes] = set()  # blocks whose writes or reads have gone wrong or been overtaken
+        self.spilled = self.loaded = 0
+
+    def tell(self, event: PoolEvent) -> list[PoolAnswer]:
+        answers = super().tell(event)
+        left = {key for gone in answers if isinstance(gone, Removed) and gone.tier is Tier.DRAM for key in gone.keys}
+        rest: list[PoolAnswer] = []
+        for answer in answers:
+            match answer:
+                case Removed(keys=keys, tier=Tier.SSD, reason="evicted"):
+                    for key in keys:
+                        assert key not in self.published or key in left, "a copy of what DRAM holds was evicted"
+                        assert not any(self.on_ssd[key] in load.ssd_slots for load in self.loads.values())
+                        del self.on_ssd[key]
+                case Stored(keys=(key,), tier=Tier.SSD):
+                    assert isinstance(event, SpillDone)
+                    assert key not in self.on_ssd
+                    self.on_ssd[key] = event.ssd_slot  # and may be evicted by what comes next
+                    rest.append(answer)
+                case Spill():
+                    self.take_spill(answer, event)
+                case _:
+                    rest.append(answer)
+        return rest
+
+    def take_spill(self, spill: Spill, event: PoolEvent) -> None:
+        assert spill.ssd_slot not in self.writing, "an ssd slot is written twice at a time"
+        assert spill.ssd_slot not in self.on_ssd.values(), "a readable block is overwritten"
+        assert not any(spill.ssd_slot in load.ssd_slots for load in self.loads.values()), "a block is overwritten while read"
+        assert spill.slot not in {slot for _, slot in self.writing.values()}
+        assert spill.depth == len(spill.key) - 1
+        self.writing[spill.ssd_slot] = (spill.key, spill.slot)
+        assert len(self.writing) <= MAX_SPILLING + isinstance(event, SpillDone)
+
+    def num_on_ssd(self, keys: tuple[bytes, ...]) -> int:
+        return next((i for i, key in enumerate(keys) if key not in self.on_ssd), len(keys))
+
+    @precondition(lambda self: self.writing)
+    @rule(which=st.integers(0, MAX_SPILLING - 1), ok=st.sampled_from([True, True, True, False]))
+    def write_ends(self, which: int, ok: bool) -> None:
+        ssd_slot = sorted(self.writing)[which % len(self.writing)]
+        key, slot = self.writing.pop(ssd_slot)
+        answers = self.tell(SpillDone("body", 0, ssd_slot, ok))
+        if slot in self.leaving:
+            self.leaving.remove(slot)
+            self.free.add(slot)
+        if answers:
+            assert (answers, ok) == ([Stored((key,), Tier.SSD)], True)
+            self.spilled += 1
+        else:
+            self.excused.add(key)
+
+    @rule(count=st.integers(1, 4))
+    def all_writes_end_well(self, count: int) -> None:
+        for _ in range(count * MAX_SPILLING):
+            if self.writing:
+                self.write_ends(0, True)
+
+    @rule(ssd_slot=st.integers(-1, NUM_SSD_SLOTS))
+    def a_write_that_never_began_ends(self, ssd_slot: int) -> None:
+        if ssd_slot not in self.writing:
+            assert self.refused(self.tell(SpillDone("body", 0, ssd_slot, True))) == "bad_slot"
+
+    @rule(holder=HOLDERS, older=EPOCHS, lease=LEASES, skip=st.sampled_from([0, 0, 0, 1]))
+    def start_load(self, holder: str | None, older: int, lease: str, skip: int) -> None:
+        owner, held = holder or self.holder(lease), self.leases.get(lease)
+        path, start = (held.path, len(held.slots) + skip) if held is not None else (b"aaaa", 0)
+        keys = tuple(path[: i + 1] for i in range(start, len(path)))
+        answers = self.ask(LoadStart(owner, self.epoch(owner, older), lease, keys))
+        if answers is None:
+            return
+        if held is None or held.owner != owner:
+            assert self.refused(answers) == "unknown_lease"
+            return
+        if lease in self.loads:
+            assert self.refused(answers) == "loading"
+            return
+        *removed, answer = answers
+        for gone in removed:
+            assert isinstance(gone, Removed)
+            assert not set(gone.keys) & self.pinned()
+            self.evict(gone.keys)
+        assert isinstance(answer, Loading)
+        on_ssd = self.num_on_ssd(keys)
+        assert len(answer.slots) == min(on_ssd, len(self.free))
+        assert len(answer.slots) == on_ssd or self.published.keys() <= self.pinned()
+        assert set(answer.slots) <= self.free
+        assert answer.ssd_slots == tuple(self.on_ssd[key] for key in keys[: len(answer.slots)])
+        self.free -= set(answer.slots)
+        if answer.slots:
+            self.excused |= set(keys)
+            epoch = self.epochs[owner]
+            self.loads[lease] = ModelLoad(owner, epoch, held, keys[: len(answer.slots)], answer.slots, answer.ssd_slots)
+
+    @rule(lease=LEASES, failures=st.sets(st.integers(0, 3), max_size=2), publish=st.booleans())
+    def load_ends(self, lease: str, failures: set[int], publish: bool) -> None:
+        load = self.loads.get(lease)
+        if load is None:
+            assert self.refused(self.tell(LoadDone("body", 0, lease))) == "unknown_lease"
+            return
+        if not failures:
+            assert self.refused(self.tell(LoadDone("body", 0, lease, (NUM_SSD_SLOTS,)))) == "bad_slot"
+        failed = [(key, s) for i, (key, s) in enumerate(zip(load.keys, load.ssd_slots, strict=True)) if i in failures]
+        del self.loads[lease]
+        answers = self.tell(LoadDone("body", 0, lease, tuple(s for _, s in failed)))
+        lost = tuple(key for key, s in failed if self.on_ssd.get(key) == s)
+        for key in lost:
+            del self.on_ssd[key]
+        if lost:
+            assert answers.pop(0) == Removed(lost, "failed", Tier.SSD)
+        num_good = next((i for i in range(len(load.slots)) if i in failures), len(load.slots))
+        self.loaded += num_good
+        if self.leases.get(lease) is not load.lease or load.lease.owner != load.owner or self.epochs[load.owner] != load.epoch:
+            assert answers == []
+            self.free |= set(load.slots)
+            return
+        assert answers == [Loaded(lease, load.slots[:num_good])]
+        self.reserved[load.owner] |= set(load.slots[:num_good])
+        self.free |= set(load.slots[num_good:])
+        if publish:
+            self.publish(load.owner, 0, lease, num_good)
+
+    @rule(owner=OWNERS, lease=LEASES, path=PATHS, failures=st.sets(st.integers(0, 3), max_size=1))
+    def read_back(self, owner: str, lease: str, path: bytes, failures: set[int]) -> None:
+        """What a turn of a chat does whose blocks have left DRAM."""
+        if owner in self.alive and lease not in self.leases and lease not in self.loads:
+            self.open_lease(owner, 0, lease, path)
+            self.start_load(owner, 0, lease, 0)
+            self.load_ends(lease, failures, True)
+
+    @invariant()
+    def the_ssd_agrees_with_the_model(self) -> None:
+        stats = self.node.stats()
+        assert set(self.node.inventory(Tier.SSD)) == set(self.on_ssd)
+        assert (stats.writing, stats.spilling) == (len(self.writing), len(self.leaving))
+        assert stats.loading == sum(len(load.slots) for load in self.loads.values())
+        assert (stats.spilled, stats.loaded) == (self.spilled, self.loaded)
+        total = stats.free + stats.reserved + stats.private + stats.published + stats.loading + stats.spilling
+        assert total == NUM_SLOTS
+
+    @invariant()
+    def no_suffix_is_alone_on_the_ssd(self) -> None:
+        """As long as no write and no read of its sequence went wrong."""
+        known = self.on_ssd.keys() | self.published.keys() | {key for key, _ in self.writing.values()} | self.excused
+        for key in self.on_ssd:
+            if len(key) > 1 and not {key[: i + 1] for i in range(len(key))} & self.excused:
+                assert key[:-1] in known
+
+
 TestNodeMachine = NodeMachine.TestCase
 TestNodeMachine.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+
+TestSsdNodeMachine = SsdNodeMachine.TestCase
+TestSsdNodeMachine.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)

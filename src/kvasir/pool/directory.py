@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from itertools import groupby, repeat
 from typing import NamedTuple
 
 from kvasir.core.errors import InvariantError
 from kvasir.core.keys import BlockKey
+from kvasir.core.tier import Tier
+from kvasir.pool.match import PrefixMatch, Runs
 
+__all__ = ["BlockDirectory", "PrefixMatch"]
 
-@dataclass(frozen=True, slots=True)
-class PrefixMatch:
-    """The longest contiguous prefix, in blocks, on each node that has any; `best` is the longest, `source` who has it.
+CHUNK = 512
+"""Keys that are looked up at a time: few enough to waste little behind the end of a prefix, enough to stay at C speed."""
 
-    Nothing anywhere: `best` 0, `source` None. Ties go to the node that joined first.
-    """
+Holders = tuple[int, int]
+"""Masks of the nodes that have a block in DRAM, and of those that have it on SSD. Blocks of the same holders share one tuple
+where they can, because that is compared at a glance."""
 
-    blocks: dict[str, int]
-    best: int
-    source: str | None
-
-    def on(self, node: str) -> int:
-        return self.blocks.get(node, 0)
+NOBODY: Holders = (0, 0)
 
 
 class _Progress(NamedTuple):
@@ -32,72 +30,78 @@ class _Progress(NamedTuple):
     has_gap: bool
 
 
-NO_MATCH = PrefixMatch({}, 0, None)
-
-
 class BlockDirectory:
-    """Block key → nodes, as one bitmask per key, so that a prefix is matched against all nodes at once.
+    """Block key → nodes, as one bitmask per tier, so that a prefix is matched against all nodes at once.
 
     Soft state: an entry too many costs a recompute, never a wrong token. Each node numbers its events; after a gap the
     node is listed in `needs_resync` until its inventory arrives.
     """
 
-    __slots__ = ("_bits", "_last_seq", "_masks", "_nodes", "_stale")
+    __slots__ = ("_bits", "_holders", "_last_seq", "_nodes", "_stale", "generation")
 
     def __init__(self) -> None:
-        self._masks: dict[BlockKey, int] = {}
-        self._nodes: list[str | None] = []  # bit → node
+        self._holders: dict[BlockKey, Holders] = {}
+        self._nodes: tuple[str | None, ...] = ()  # bit → node; replaced, not changed, as matches keep it
         self._bits: dict[str, int] = {}
         self._last_seq: dict[str, int] = {}
         self._stale: dict[str, None] = {}  # an ordered set
+        self.generation = 0
+        """Grows when a node gets a bit or loses it: masks made of `bit_of` before are out of date."""
 
     def __len__(self) -> int:
         """Blocks known anywhere."""
-        return len(self._masks)
+        return len(self._holders)
 
     def match(self, keys: Sequence[BlockKey]) -> PrefixMatch:
-        """One dictionary look-up per key until no node has them all; independent of the number of nodes."""
-        get = self._masks.get
-        alive = get(keys[0], 0) if keys else 0
-        if not alive:
-            return NO_MATCH
-        blocks: dict[str, int] = {}
-        best = len(keys)
-        for index, key in enumerate(keys):
-            still = alive & get(key, 0)
-            if still != alive:
-                if not still:
-                    best = index
+        """Look-ups and comparisons at C speed; a Python step only where holders change, none for each node.
+
+        Ends with the chunk in which the last node's prefix does.
+        """
+        get = self._holders.get
+        same = get(keys[0]) if keys else None
+        if same is None:
+            return PrefixMatch((), (), self._nodes)
+        dram, both = _Prefixes(same[0]), _Prefixes(same[0] | same[1])
+        for start in range(0, len(keys), CHUNK):
+            found = list(map(get, keys[start : start + CHUNK]))
+            if found.count(same) < len(found):
+                same = _narrow(dram, both, found, start)
+                if not both.alive:
                     break
-                self._set(blocks, alive & ~still, index)
-                alive = still
-        self._set(blocks, alive, best)
-        first = (alive & -alive).bit_length() - 1
-        return PrefixMatch(blocks, best, self._nodes[first])
+        return PrefixMatch(dram.runs(len(keys)), both.runs(len(keys)), self._nodes)
 
-    def holders(self, key: BlockKey) -> tuple[str, ...]:
-        return self._names(self._masks.get(key, 0))
+    def bit_of(self, node: str) -> int:
+        """The node's bit in the masks of `runs`, as a mask of that one bit; 0 for a node that holds nothing and never did."""
+        bit = self._bits.get(node)
+        return 0 if bit is None else 1 << bit
 
-    def stored(self, node: str, seq: int, keys: Iterable[BlockKey]) -> bool:
+    def replicas(self, key: BlockKey) -> int:
+        """How many nodes have the block in DRAM."""
+        return self._holders.get(key, NOBODY)[0].bit_count()
+
+    def holders(self, key: BlockKey, tier: Tier = Tier.DRAM) -> tuple[str, ...]:
+        mask = self._holders.get(key, NOBODY)[_PLACE[tier]]
+        return tuple(node for bit, node in enumerate(self._nodes) if node is not None and mask >> bit & 1)
+
+    def stored(self, node: str, seq: int, keys: Sequence[BlockKey], tier: Tier = Tier.DRAM) -> bool:
         """Apply a node's event; returns whether it revealed a gap that was not known before."""
         is_new, has_gap = self._advance(node, seq)
         if is_new:
-            self._add(node, keys)
+            self._add(node, keys, tier)
         return has_gap
 
-    def removed(self, node: str, seq: int, keys: Iterable[BlockKey]) -> bool:
+    def removed(self, node: str, seq: int, keys: Sequence[BlockKey], tier: Tier = Tier.DRAM) -> bool:
         """As `stored`."""
         is_new, has_gap = self._advance(node, seq)
         if is_new:
-            keep = ~(1 << self._bit(node))
-            for key in keys:
-                self._mask_out(key, keep)
+            self._remove(keys, _pair(tier, 1 << self._bit(node)))
         return has_gap
 
-    def inventory(self, node: str, seq: int, keys: Iterable[BlockKey]) -> None:
-        """Replace all that is known of the node by its own account as of event `seq`."""
+    def inventory(self, node: str, seq: int, keys: Sequence[BlockKey], ssd_keys: Sequence[BlockKey] = ()) -> None:
+        """Replace all that is known of the node by its own account as of event `seq`: blocks in DRAM, and on its SSD."""
         self.drop(node)
-        self._add(node, keys)
+        self._add(node, keys, Tier.DRAM)
+        self._add(node, ssd_keys, Tier.SSD)
         self._last_seq[node] = seq
 
     def drop(self, node: str) -> None:
@@ -107,10 +111,9 @@ class BlockDirectory:
         bit = self._bits.pop(node, None)
         if bit is None:
             return
-        self._nodes[bit] = None
-        keep = ~(1 << bit)
-        for key in [key for key, mask in self._masks.items() if mask & ~keep]:
-            self._mask_out(key, keep)
+        self._name(bit, None)
+        mask = 1 << bit
+        self._remove([key for key, (dram, ssd) in self._holders.items() if (dram | ssd) & mask], (mask, mask))
 
     def needs_resync(self, node: str) -> bool:
         """Whether events of the node were missed since its last inventory."""
@@ -123,10 +126,10 @@ class BlockDirectory:
     def check(self) -> None:
         """Raises InvariantError unless every mask names living nodes and bits and names agree."""
         known = sum(1 << bit for bit in self._bits.values())
-        for key, mask in self._masks.items():
-            if not mask or mask & ~known:
-                raise InvariantError(f"block {key.hex()} is on nodes {mask:b}, known are {known:b}")
-        if any(self._nodes[bit] != node for node, bit in self._bits.items()):
+        for key, (dram, ssd) in self._holders.items():
+            if not dram | ssd or (dram | ssd) & ~known:
+                raise InvariantError(f"block {key.hex()} is on nodes {dram:b} and SSDs {ssd:b}, known are {known:b}")
+        if {node: bit for bit, node in enumerate(self._nodes) if node is not None} != self._bits:
             raise InvariantError(f"bits {self._bits} and nodes {self._nodes} disagree")
 
     def _advance(self, node: str, seq: int) -> _Progress:
@@ -142,34 +145,79 @@ class BlockDirectory:
         self._last_seq[node] = seq
         return _Progress(is_new=True, has_gap=has_gap)
 
-    def _add(self, node: str, keys: Iterable[BlockKey]) -> None:
-        mask = 1 << self._bit(node)
-        masks = self._masks
-        for key in keys:
-            masks[key] = masks.get(key, 0) | mask
+    def _add(self, node: str, keys: Sequence[BlockKey], tier: Tier) -> None:
+        added = _pair(tier, 1 << self._bit(node))  # a node that was heard of has a bit, whatever it holds
+        holders = self._holders
+        held = list(map(holders.get, keys))
+        if held.count(None) == len(held):
+            holders.update(zip(keys, repeat(added), strict=False))
+            return
+        joined = {old: (old[0] | added[0], old[1] | added[1]) if old else added for old in set(held)}
+        holders.update(zip(keys, map(joined.__getitem__, held), strict=True))
 
-    def _mask_out(self, key: BlockKey, keep: int) -> None:
-        mask = self._masks.get(key, 0) & keep
-        if mask:
-            self._masks[key] = mask
-        else:
-            self._masks.pop(key, None)
+    def _remove(self, keys: Iterable[BlockKey], gone: Holders) -> None:
+        holders = self._holders
+        left: dict[Holders, Holders] = {}
+        for key in keys:
+            old = holders.get(key)
+            if old is None:
+                continue
+            new = left.get(old)
+            if new is None:
+                new = left[old] = (old[0] & ~gone[0], old[1] & ~gone[1])
+            if new == NOBODY:
+                del holders[key]
+            else:
+                holders[key] = new
 
     def _bit(self, node: str) -> int:
         bit = self._bits.get(node)
         if bit is None:
             bit = self._nodes.index(None) if None in self._nodes else len(self._nodes)
-            self._nodes[bit : bit + 1] = [node]
+            self._name(bit, node)
             self._bits[node] = bit
         return bit
 
-    def _names(self, mask: int) -> tuple[str, ...]:
-        return tuple(node for bit, node in enumerate(self._nodes) if node is not None and mask >> bit & 1)
+    def _name(self, bit: int, node: str | None) -> None:
+        self._nodes = (*self._nodes[:bit], node, *self._nodes[bit + 1 :])
+        self.generation += 1
 
-    def _set(self, blocks: dict[str, int], mask: int, length: int) -> None:
-        while mask:
-            low = mask & -mask
-            node = self._nodes[low.bit_length() - 1]
-            if node is not None:
-                blocks[node] = length
-            mask ^= low
+
+_PLACE = {Tier.DRAM: 0, Tier.SSD: 1}
+
+
+def _pair(tier: Tier, mask: int) -> Holders:
+    return (mask, 0) if tier is Tier.DRAM else (0, mask)
+
+
+class _Prefixes:
+    """The nodes whose prefix goes on, and where those of others ended."""
+
+    __slots__ = ("alive", "ends")
+
+    def __init__(self, alive: int):
+        self.alive = alive
+        self.ends: list[tuple[int, int]] = []
+
+    def only(self, holders: int, place: int) -> None:
+        """Block `place` is held by these."""
+        still = self.alive & holders
+        if still != self.alive:
+            self.ends.append((self.alive & ~still, place))
+            self.alive = still
+
+    def runs(self, num_keys: int) -> Runs:
+        return (*self.ends, (self.alive, num_keys)) if self.alive else tuple(self.ends)
+
+
+def _narrow(dram: _Prefixes, both: _Prefixes, found: list[Holders | None], place: int) -> Holders:
+    """Take account of the holders of block `place` and on; the last of them."""
+    holders = NOBODY
+    for held, same in groupby(found):
+        holders = held or NOBODY
+        dram.only(holders[0], place)
+        both.only(holders[0] | holders[1], place)
+        if not both.alive:
+            break
+        place += len(list(same))
+    return holders

@@ -34,19 +34,38 @@ class Lease:
     deadline_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Reads from `ssd_slots` into `slots` that an owner asked for, for a lease; both may be gone before the reads are over."""
+
+    owner: Owner
+    lease: Lease
+    slots: tuple[int, ...]
+    ssd_slots: tuple[int, ...]
+
+
 def ledger_problems(
-    slots: SlotTable, owners: Mapping[str, Owner], leases: Mapping[str, Lease], offers: Iterable[str]
+    slots: SlotTable,
+    owners: Mapping[str, Owner],
+    leases: Mapping[str, Lease],
+    offers: Iterable[str],
+    loads: Mapping[str, Load],
 ) -> Iterator[str]:
-    """Each broken invariant between owners, leases, offers and slots, in words."""
-    yield from _misplaced_slots(slots, owners, leases)
+    """Each broken invariant between owners, leases, offers, loads and slots, in words."""
+    yield from _misplaced_slots(slots, owners, leases, loads)
     yield from _wrong_holders(owners, leases, offers)
     yield from _wrong_contents(slots, leases)
 
 
-def _misplaced_slots(slots: SlotTable, owners: Mapping[str, Owner], leases: Mapping[str, Lease]) -> Iterator[str]:
-    """Each slot is exactly one of free, reserved by a living owner, private to a lease, published."""
+def _misplaced_slots(
+    slots: SlotTable, owners: Mapping[str, Owner], leases: Mapping[str, Lease], loads: Mapping[str, Load]
+) -> Iterator[str]:
+    """Each slot is exactly one of free, reserved by a living owner, private to a lease, published, loading, written out."""
     places = Counter(slots.free)
     places.update(slots.index.values())
+    places.update(slots.gone)
+    for load in loads.values():
+        places.update(load.slots)
     for owner in owners.values():
         places.update(owner.reserved)
     for lease in leases.values():

@@ -4,6 +4,9 @@
                           │  └─OfferLease─▶ private ──PutEnd──▶ published
                           └──PutRevoke, owner died──▶ free
 
+With an SSD (pool/ssd.py), also: free ──LoadStart──▶ loading ──LoadDone──▶ reserved, and a published slot that is evicted while
+a Spill reads it is free only at its SpillDone.
+
 Everything is validated before anything is changed, so a Refused event leaves no trace. Blocks are released deepest first, and
 a lease pins every published block of its sequence, so an evictor that honours the order never strands a suffix.
 """
@@ -11,9 +14,11 @@ a lease pins every published block of its sequence, so an evictor that honours t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, assert_never
+
+from msgspec.structs import replace
 
 from kvasir.core.errors import InvariantError
 from kvasir.core.keys import BlockKey
@@ -22,6 +27,10 @@ from kvasir.core.pool_events import (
     KeyedSlot,
     LeaseBlocks,
     Leased,
+    LoadDone,
+    Loaded,
+    Loading,
+    LoadStart,
     OfferLease,
     OwnerJoined,
     OwnerLost,
@@ -36,16 +45,23 @@ from kvasir.core.pool_events import (
     ReleaseLease,
     Removed,
     Reserved,
+    SpillDone,
+    SsdFound,
     Stored,
 )
+from kvasir.core.tier import Tier
 from kvasir.pool.eviction import Eviction, Lru
-from kvasir.pool.leases import Lease, Owner, ledger_problems
+from kvasir.pool.leases import Lease, Load, Owner, ledger_problems
 from kvasir.pool.slots import SlotTable
+from kvasir.pool.ssd import SsdTier
 
 STORY_LENGTH = 64
 """Events that a node remembers, for the story of a broken invariant."""
 
-Code = Literal["stale_epoch", "unknown_lease", "lease_exists", "bad_slot"]
+MAX_SPILLING = 32
+"""Blocks on their way to the SSD at a time: with blocks of some MiB, enough to keep it busy and little to hold back."""
+
+Code = Literal["stale_epoch", "unknown_lease", "lease_exists", "loading", "bad_slot"]
 
 
 @dataclass(slots=True)
@@ -61,11 +77,24 @@ class Counters:
 
 
 class PoolNode:
-    """Takes events of core/pool_events.py and answers."""
+    """Takes events of core/pool_events.py and answers. Without `ssd_slots` there is no SSD."""
 
-    def __init__(self, num_slots: int, eviction: Eviction | None = None):
+    def __init__(
+        self,
+        num_slots: int,
+        eviction: Eviction | None = None,
+        *,
+        ssd_slots: int = 0,
+        ssd_eviction: Eviction | None = None,
+        max_spilling: int = MAX_SPILLING,
+    ):
         self.num_slots = num_slots
         self._slots = SlotTable(num_slots, eviction if eviction is not None else Lru())
+        self._ssd: SsdTier | None = None
+        if ssd_slots:
+            order = ssd_eviction if ssd_eviction is not None else Lru()
+            self._ssd = SsdTier(ssd_slots, order, self._slots, max_spilling=max_spilling)
+        self._loads: dict[str, Load] = {}
         self._owners: dict[str, Owner] = {}
         self._leases: dict[str, Lease] = {}
         self._offers: dict[str, None] = {}
@@ -73,42 +102,50 @@ class PoolNode:
         self._counters = Counters()
 
     def handle(self, event: PoolEvent, now: float) -> list[PoolAnswer]:
-        """Answers to the owner that asked, and Stored and Removed to whoever keeps a directory."""
+        """Answers to the owner that asked, Stored and Removed to whoever keeps a directory, Spill and Loading to the body."""
         self._story.append((now, event))
+        answers = self._answer(event, now)
+        return answers if self._ssd is None else answers + self._spill(self._ssd, now)
+
+    def _answer(self, event: PoolEvent, now: float) -> list[PoolAnswer]:
+        of_owner = _OF_OWNERS.get(type(event))
+        if of_owner is None:
+            return self._answer_any(event, now)
+        owner = self._owners.get(event.owner)
+        if owner is None or not owner.alive or owner.epoch != event.epoch:
+            return self._refuse("stale_epoch", f"{event.owner} epoch {event.epoch} is not here; {_incarnation(owner)}")
+        return of_owner(self, owner, event, now)
+
+    def _answer_any(self, event: PoolEvent, now: float) -> list[PoolAnswer]:
+        """What does not need a living owner."""
         match event:
             case PoolTick():
                 return self._expire_offers(now)
+            case SpillDone():
+                return self._end_spill(event, now)
+            case LoadDone():
+                return self._end_load(event, now)
+            case SsdFound():
+                return self._find(event, now)
             case OwnerJoined(owner=name, epoch=epoch):
                 return self._join(name, epoch, now)
             case OwnerLost(owner=name, epoch=epoch):
                 return self._lose(name, epoch, now)
-        owner = self._owners.get(event.owner)
-        if owner is None or not owner.alive or owner.epoch != event.epoch:
-            return self._refuse("stale_epoch", f"{event.owner} epoch {event.epoch} is not here; {_incarnation(owner)}")
-        match event:
-            case PutStart(count=count):
-                return self._reserve(owner, count, now)
-            case PutEnd():
-                return self._publish(owner, event)
-            case PutRevoke(slots=slots):
-                return self._revoke(owner, slots)
-            case LeaseBlocks():
-                return self._lease(owner, event)
-            case ReleaseLease():
-                return self._release(owner, event, now)
-            case OfferLease():
-                return self._offer(owner, event)
-            case AdoptLease():
-                return self._adopt(owner, event, now)
         raise TypeError(f"not a pool event: {event!r}")
 
-    def inventory(self) -> tuple[BlockKey, ...]:
-        """The keys of all published blocks, oldest first."""
-        return tuple(self._slots.index)
+    def inventory(self, tier: Tier = Tier.DRAM) -> tuple[BlockKey, ...]:
+        """The keys of all blocks that can be read in a tier, oldest first."""
+        match tier:
+            case Tier.DRAM:
+                return tuple(self._slots.index)
+            case Tier.SSD:
+                return tuple(self._ssd.index) if self._ssd is not None else ()
+            case _:
+                assert_never(tier)
 
     def stats(self) -> PoolStats:
         counters = self._counters
-        return PoolStats(
+        stats = PoolStats(
             slots=self.num_slots,
             free=len(self._slots.free),
             reserved=sum(len(owner.reserved) for owner in self._owners.values()),
@@ -124,10 +161,14 @@ class PoolNode:
             expired_offers=counters.expired_offers,
             refusals=counters.refusals,
         )
+        return stats if self._ssd is None else self._with_ssd(stats, self._ssd)
 
     def check(self) -> None:
         """Verify every invariant both ways. Raises InvariantError with all that is broken and the last events."""
-        problems = [*self._slots.problems(), *ledger_problems(self._slots, self._owners, self._leases, self._offers)]
+        problems = [*self._slots.problems()]
+        problems += ledger_problems(self._slots, self._owners, self._leases, self._offers, self._loads)
+        if self._ssd is not None:
+            problems += self._ssd.problems(load.ssd_slots for load in self._loads.values())
         if problems:
             story = "".join(f"\n  {now:.6f} {_line(event)}" for now, event in self._story)
             raise InvariantError(f"{'; '.join(problems)}. What happened last:{story}")
@@ -164,38 +205,55 @@ class PoolNode:
 
     # --- puts --------------------------------------------------------------------------------------------------
 
-    def _reserve(self, owner: Owner, count: int, now: float) -> list[PoolAnswer]:
-        taken = self._slots.take(count, now)
-        owner.reserved.update(taken.slots)
-        self._counters.evictions += len(taken.evicted)
-        removed: list[PoolAnswer] = [Removed(taken.evicted, "evicted")] if taken.evicted else []
-        return [*removed, Reserved(taken.slots)]
+    def _reserve(self, owner: Owner, event: PutStart, now: float) -> list[PoolAnswer]:
+        slots, removed = self._take(event.count, now)
+        owner.reserved.update(slots)
+        return [*removed, Reserved(slots)]
 
-    def _publish(self, owner: Owner, event: PutEnd) -> list[PoolAnswer]:
+    def _take(self, count: int, now: float) -> tuple[tuple[int, ...], list[PoolAnswer]]:
+        """Slots, and what to say about the blocks that were evicted for them."""
+        taken = self._slots.take(count, now)
+        if not taken.evicted:
+            return taken.slots, []
+        self._counters.evictions += len(taken.evicted)
+        if self._ssd is not None:
+            self._ssd.evicted(taken.evicted, now)
+        return taken.slots, [Removed(tuple([block.key for block in taken.evicted]), "evicted")]
+
+    def _publish(self, owner: Owner, event: PutEnd, now: float) -> list[PoolAnswer]:
         lease = self._held(owner, event.lease)
         if lease is None:
             return self._refuse("unknown_lease", f"{event.owner} does not hold lease {event.lease!r}")
         if bad := self._not_givable(owner, lease, [block.slot for block in event.blocks]):
             return self._refuse("bad_slot", f"{event.owner} cannot publish slots {bad}: neither reserved nor private here")
-        stored = [block.key for block in event.blocks if self._publish_one(owner, lease, block)]
+        stored = self._fill(owner, lease, event.blocks, now)
+        if self._ssd is not None:
+            self._ssd.published(stored, now)
         return [Stored(tuple(stored))] if stored else []
 
-    def _publish_one(self, owner: Owner, lease: Lease, block: KeyedSlot) -> bool:
-        key, slot = block.key, block.slot
-        depth = lease.private.pop(slot, None)
-        if depth is None:
-            owner.reserved.discard(slot)
-            depth = len(lease.slots)
-            lease.slots.append(slot)
-        first = self._slots.publish(key, slot, depth)
-        lease.pinned.append(first)
-        if first == slot:
-            return True
-        lease.private[slot] = depth
-        self._counters.duplicates += 1
-        return False
+    def _fill(self, owner: Owner, lease: Lease, blocks: Sequence[KeyedSlot], now: float) -> list[BlockKey]:
+        """Publish what the lease holds or the owner has reserved; the keys that were not published before."""
+        private, held, reserved, publish = lease.private, lease.slots, owner.reserved, self._slots.publish
+        stored: list[BlockKey] = []
+        for block in blocks:
+            key, slot = block.key, block.slot
+            if slot in reserved:
+                reserved.remove(slot)
+                depth = len(held)
+                held.append(slot)
+            else:
+                depth = private.pop(slot)
+            first = publish(key, slot, depth, now)
+            lease.pinned.append(first)
+            if first == slot:
+                stored.append(key)
+            else:
+                private[slot] = depth
+                self._counters.duplicates += 1
+        return stored
 
-    def _revoke(self, owner: Owner, slots: Sequence[int]) -> list[PoolAnswer]:
+    def _revoke(self, owner: Owner, event: PutRevoke, now: float) -> list[PoolAnswer]:
+        slots = event.slots
         if bad := self._not_givable(owner, None, slots):
             return self._refuse("bad_slot", f"slots {bad} are not reserved by the one that revokes them")
         owner.reserved.difference_update(slots)
@@ -204,15 +262,19 @@ class PoolNode:
 
     # --- leases ------------------------------------------------------------------------------------------------
 
-    def _lease(self, owner: Owner, event: LeaseBlocks) -> list[PoolAnswer]:
+    def _lease(self, owner: Owner, event: LeaseBlocks, now: float) -> list[PoolAnswer]:
         if event.lease in self._leases:
             return self._refuse("lease_exists", f"lease {event.lease!r} is open already")
-        slots = self._slots.pin_prefix(event.keys)
+        slots = self._slots.pin_prefix(event.keys, now)
         self._counters.lookups += len(event.keys)
         self._counters.hits += len(slots)
         self._leases[event.lease] = Lease(event.owner, slots, slots.copy())
         owner.leases[event.lease] = None
-        return [Leased(event.lease, tuple(slots))]
+        if self._ssd is None:
+            return [Leased(event.lease, tuple(slots))]
+        on_ssd = len(self._ssd.prefix(event.keys[len(slots) :]))
+        self._ssd.counters.ssd_hits += on_ssd
+        return [Leased(event.lease, tuple(slots), on_ssd)]
 
     def _release(self, owner: Owner, event: ReleaseLease, now: float) -> list[PoolAnswer]:
         lease = self._leases.get(event.lease)
@@ -227,7 +289,7 @@ class PoolNode:
             self._close(event.lease, now)
         return []
 
-    def _offer(self, owner: Owner, event: OfferLease) -> list[PoolAnswer]:
+    def _offer(self, owner: Owner, event: OfferLease, now: float) -> list[PoolAnswer]:
         lease = self._held(owner, event.lease)
         if lease is None:
             return self._refuse("unknown_lease", f"{event.owner} does not hold lease {event.lease!r}")
@@ -273,20 +335,108 @@ class PoolNode:
         self._slots.give_back(lease.private)
         self._slots.unpin(lease.pinned, now)
 
+    # --- the SSD -----------------------------------------------------------------------------------------------
+
+    def _start_load(self, owner: Owner, event: LoadStart, now: float) -> list[PoolAnswer]:
+        lease = self._held(owner, event.lease)
+        if lease is None:
+            return self._refuse("unknown_lease", f"{event.owner} does not hold lease {event.lease!r}")
+        if event.lease in self._loads:
+            return self._refuse("loading", f"a load for lease {event.lease!r} is under way")
+        ssd_slots = self._ssd.prefix(event.keys) if self._ssd is not None else []
+        if self._ssd is None or not ssd_slots:
+            return [Loading(event.lease, (), ())]
+        slots, removed = self._take(len(ssd_slots), now)
+        if slots:
+            load = self._loads[event.lease] = Load(owner, lease, slots, tuple(ssd_slots[: len(slots)]))
+            self._ssd.pin(load.ssd_slots, now)
+        return [*removed, Loading(event.lease, slots, tuple(ssd_slots[: len(slots)]))]
+
+    def _end_load(self, event: LoadDone, now: float) -> list[PoolAnswer]:
+        load = self._loads.get(event.lease)
+        if load is None or self._ssd is None:
+            return self._refuse("unknown_lease", f"no load for lease {event.lease!r} is under way")
+        failed = frozenset(event.failed)
+        if bad := sorted(failed.difference(load.ssd_slots)):
+            return self._refuse("bad_slot", f"ssd slots {bad} are not read for lease {event.lease!r}")
+        del self._loads[event.lease]
+        lost = self._ssd.unpin(load.ssd_slots, failed, now)
+        answers: list[PoolAnswer] = [Removed(lost, "failed", Tier.SSD)] if lost else []
+        num_good = next((i for i, ssd_slot in enumerate(load.ssd_slots) if ssd_slot in failed), len(load.slots))
+        self._ssd.counters.loaded += num_good
+        if self._held(load.owner, event.lease) is not load.lease:
+            self._slots.give_back(load.slots)
+            return answers
+        self._slots.give_back(load.slots[num_good:])
+        load.owner.reserved.update(load.slots[:num_good])
+        return [*answers, Loaded(event.lease, load.slots[:num_good])]
+
+    def _end_spill(self, event: SpillDone, now: float) -> list[PoolAnswer]:
+        if self._ssd is None or event.ssd_slot not in self._ssd.writes:
+            return self._refuse("bad_slot", f"ssd slot {event.ssd_slot} is not being written")
+        key = self._ssd.spill_done(event.ssd_slot, event.ok, now)
+        return [Stored((key,), Tier.SSD)] if key is not None else []
+
+    def _find(self, event: SsdFound, now: float) -> list[PoolAnswer]:
+        if self._ssd is None:
+            return self._refuse("bad_slot", "this node has no SSD")
+        if why := self._ssd.refusal_of(event.blocks):
+            return self._refuse("bad_slot", why)
+        keys = self._ssd.found(event.blocks, now)
+        return [Stored(keys, Tier.SSD)] if keys else []
+
+    def _spill(self, ssd: SsdTier, now: float) -> list[PoolAnswer]:
+        """Start what writes can be started."""
+        if not ssd.waiting:
+            return []
+        spills = ssd.next_spills(now)
+        removed: list[PoolAnswer] = [Removed(spills.evicted, "evicted", Tier.SSD)] if spills.evicted else []
+        return [*removed, *spills.starts]
+
+    def _with_ssd(self, stats: PoolStats, ssd: SsdTier) -> PoolStats:
+        counters = ssd.counters
+        return replace(
+            stats,
+            ssd_slots=ssd.num_slots,
+            ssd_free=len(ssd.free),
+            ssd_published=len(ssd.index),
+            writing=len(ssd.writes),
+            spilling=len(self._slots.gone),
+            spills_waiting=len(ssd.waiting),
+            loading=sum(len(load.slots) for load in self._loads.values()),
+            spilled=counters.spilled,
+            failed_spills=counters.failed_spills,
+            dropped=counters.dropped,
+            loaded=counters.loaded,
+            failed_loads=counters.failed_loads,
+            ssd_hits=counters.ssd_hits,
+            ssd_evictions=counters.ssd_evictions,
+        )
+
     # --- validation --------------------------------------------------------------------------------------------
 
     def _not_givable(self, owner: Owner, lease: Lease | None, slots: Sequence[int]) -> list[int]:
         """Those of `slots` that this owner has no say over, or that are named twice."""
-        bad = set(slots).difference(owner.reserved, lease.private if lease is not None else ())
-        return sorted(bad) or _repeated(slots)
+        named = set(slots)
+        bad = named.difference(owner.reserved, lease.private if lease is not None else ())
+        return sorted(bad) or ([] if len(named) == len(slots) else sorted(slots))
 
     def _refuse(self, code: Code, message: str) -> list[PoolAnswer]:
         self._counters.refusals += 1
         return [Refused(code, message)]
 
 
-def _repeated(slots: Sequence[int]) -> list[int]:
-    return [] if len(set(slots)) == len(slots) else sorted(slots)
+_OF_OWNERS: dict[type[PoolEvent], Callable[[PoolNode, Owner, Any, float], list[PoolAnswer]]] = {
+    PutStart: PoolNode._reserve,
+    PutEnd: PoolNode._publish,
+    PutRevoke: PoolNode._revoke,
+    LeaseBlocks: PoolNode._lease,
+    LoadStart: PoolNode._start_load,
+    ReleaseLease: PoolNode._release,
+    OfferLease: PoolNode._offer,
+    AdoptLease: PoolNode._adopt,
+}
+"""What is answered to a living owner only."""
 
 
 def _incarnation(owner: Owner | None) -> str:

@@ -6,78 +6,104 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvasir.core.keys import BlockKey
-from kvasir.pool.eviction import Eviction
+from kvasir.pool.eviction import Block, Eviction
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Slots that were free or made free, and the keys of the blocks that had to go for it."""
+    """Slots that were free or made free, and the blocks that had to go for it, in that order."""
 
     slots: tuple[int, ...]
-    evicted: tuple[BlockKey, ...]
+    evicted: tuple[Block, ...]
 
 
 class SlotTable:
-    """Slots that are neither free nor published are held by others: reserved or private, which is the node's to know."""
+    """Slots that are neither free nor published are held by others: reserved, private, loading or spilling: the node's to know.
+
+    A block whose slot is in `writing` is being copied out of it: it may be evicted, but its slot is not free before `written`.
+    """
 
     def __init__(self, num_slots: int, eviction: Eviction):
         self.num_slots = num_slots
         self.index: dict[BlockKey, int] = {}
         self.free = list(range(num_slots - 1, -1, -1))  # a stack: low slots first, and the warmest again
         self.pins = [0] * num_slots
-        self._keys: list[BlockKey | None] = [None] * num_slots
-        self._depths = [0] * num_slots
+        self.writing: set[int] = set()
+        self._blocks: list[Block | None] = [None] * num_slots
         self._idle = eviction
 
     @property
     def num_pinned(self) -> int:
         return len(self.index) - len(self._idle)
 
+    @property
+    def gone(self) -> frozenset[int]:
+        """Slots whose block was evicted while it is written out."""
+        return frozenset(slot for slot in self.writing if self._blocks[slot] is None)
+
+    def block(self, slot: int) -> Block:
+        """The block that is published in the slot."""
+        block = self._blocks[slot]
+        assert block is not None, "only published slots are asked for"
+        return block
+
     def take(self, count: int, now: float) -> Taken:
         """Up to `count` slots; blocks that nobody leases are evicted as needed."""
-        evicted = self._evict(count - len(self.free), now)
-        slots = tuple(self.free.pop() for _ in range(min(count, len(self.free))))
+        evicted = self._evict(count, now) if count > len(self.free) else []
+        free = self.free
+        left = max(0, len(free) - count)
+        slots = tuple(reversed(free[left:]))
+        del free[left:]
         return Taken(slots, tuple(evicted))
 
     def give_back(self, slots: Iterable[int]) -> None:
         """These become free."""
         self.free.extend(slots)
 
-    def publish(self, key: BlockKey, slot: int, depth: int) -> int:
+    def written(self, slot: int) -> None:
+        """The slot is no longer read by whoever copied it out."""
+        self.writing.remove(slot)
+        if self._blocks[slot] is None:
+            self.free.append(slot)
+
+    def publish(self, key: BlockKey, slot: int, depth: int, now: float) -> int:
         """Publish a held slot as block `depth` of its sequence unless the key is published; pins and returns its slot."""
         first = self.index.setdefault(key, slot)
         if first == slot:
-            self._keys[slot], self._depths[slot] = key, depth
+            self._blocks[slot] = Block(key, depth, depth, 1)
             self.pins[slot] = 1
         else:
-            self._pin(first)
+            self._pin(first, now)
         return first
 
-    def pin_prefix(self, keys: Iterable[BlockKey]) -> list[int]:
+    def pin_prefix(self, keys: Iterable[BlockKey], now: float) -> list[int]:
         """Pin the longest published prefix of `keys`; its slots in order."""
         slots = []
-        index, pins, idle = self.index, self.pins, self._idle
+        index, pin = self.index, self._pin
         for key in keys:
             slot = index.get(key)
             if slot is None:
                 break
-            if not pins[slot]:
-                idle.remove(slot)
-            pins[slot] += 1
+            pin(slot, now)
             slots.append(slot)
         return slots
 
     def unpin(self, slots: Sequence[int], now: float) -> None:
         """Unpin the blocks of one sequence, given in order of depth; the deepest become idle first."""
-        pins, depths, add = self.pins, self._depths, self._idle.add
+        pins, blocks, add = self.pins, self._blocks, self._idle.add
+        deepest = len(slots) - 1
         for slot in reversed(slots):
+            block = blocks[slot]
+            assert block is not None, "a pinned block is published"
+            if block.deepest < deepest:
+                block.deepest = deepest
             pins[slot] -= 1
             if not pins[slot]:
-                add(slot, depths[slot], now)
+                add(slot, block, now)
 
     def problems(self) -> Iterator[str]:
         """Each broken invariant, in words."""
-        published = {slot: key for slot, key in enumerate(self._keys) if key is not None}
+        published = {slot: block.key for slot, block in enumerate(self._blocks) if block is not None}
         if published != {slot: key for key, slot in self.index.items()}:
             yield f"index and keys disagree: {len(self.index)} keys for {len(published)} published slots"
         pinned = {slot for slot, pins in enumerate(self.pins) if pins}
@@ -87,18 +113,21 @@ class SlotTable:
         if len(idle) != len(self._idle) or sorted(idle) != sorted(published.keys() - pinned):
             yield f"eviction order holds {sorted(idle)}, published and not pinned are {sorted(published.keys() - pinned)}"
 
-    def _pin(self, slot: int) -> None:
+    def _pin(self, slot: int, now: float) -> None:
         if not self.pins[slot]:
-            self._idle.remove(slot)
+            self._idle.remove(slot, now)
         self.pins[slot] += 1
+        self.block(slot).uses += 1
 
-    def _evict(self, count: int, now: float) -> list[BlockKey]:
-        evicted: list[BlockKey] = []
-        while len(evicted) < count and (slot := self._idle.victim(now)) is not None:
-            key = self._keys[slot]
-            assert key is not None, "only published blocks are in the eviction order"
-            del self.index[key]
-            self._keys[slot] = None
-            self.free.append(slot)
-            evicted.append(key)
+    def _evict(self, count: int, now: float) -> list[Block]:
+        evicted: list[Block] = []
+        blocks, index, free, writing = self._blocks, self.index, self.free, self.writing
+        while len(free) < count and (slot := self._idle.victim(now)) is not None:
+            block = blocks[slot]
+            assert block is not None, "only published blocks are in the eviction order"
+            del index[block.key]
+            blocks[slot] = None
+            if slot not in writing:
+                free.append(slot)
+            evicted.append(block)
         return evicted
