@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 
 import msgspec
@@ -22,9 +23,9 @@ from kvasir.cluster.pool_messages import FromPool, PoolCall, PoolReply, ToPool
 from kvasir.cluster.pool_process import PoolBody
 from kvasir.cluster.service import Submission
 from kvasir.cluster.wire_memory import MemoryChannel, MemoryListener
-from kvasir.core.events import InstanceInfo
+from kvasir.core.events import Event, InstanceInfo
 from kvasir.core.pool_events import PoolEvent
-from kvasir.core.request import Role, Sampling
+from kvasir.core.request import Role, Sampling, Slo
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
 from kvasir.costs.shape import ModelShape
 from kvasir.engine.fake import FakeEngine
@@ -34,7 +35,7 @@ from kvasir.scheduling.batcher import Batcher
 from kvasir.scheduling.chunking import BatcherConfig
 from kvasir.scheduling.conductor import Conductor
 from kvasir.scheduling.placer import ConductorConfig
-from kvasir.scheduling.policies import POLICIES
+from kvasir.scheduling.strategy import strategy
 from kvasir.store.arena import create_arena
 
 NODE = "node0"
@@ -89,21 +90,52 @@ class Cluster:
         assert stats.free + stats.reserved + stats.published == stats.slots, stats
 
 
+@dataclass(frozen=True)
+class Brains:
+    """Who decides in a cluster, and the costs that they predict with and that its engines take."""
+
+    conductor: Conductor
+    make_batcher: Callable[[InstanceInfo], Batcher]
+    pool: PoolNode
+    costs: FittedCost = COSTS
+
+
+def default_brains(num_slots: int, policy: str, chunk_tokens: int, max_batch: int) -> Brains:
+    """Those of `kvasir serve`, which admit everything."""
+    conductor = (
+        strategy(policy)
+        .with_parts(admission="off")
+        .conductor(
+            ConductorConfig(kv_bytes_per_token=SHAPE.kv_bytes_per_token, block_tokens=BLOCK, shares_cores=True),
+            COSTS,
+            Slo(),
+            Random(0),
+        )
+    )
+    config = BatcherConfig(block_tokens=BLOCK, max_batch=max_batch, max_step_tokens=chunk_tokens, stash_pages=4, starve_s=60.0)
+    return Brains(conductor, lambda info: Batcher(config, COSTS), PoolNode(num_slots))
+
+
 @asynccontextmanager
 async def cluster(
-    roles: dict[str, Role], *, num_slots: int = 512, policy: str = "mooncake", chunk_tokens: int = 64, max_batch: int = 16
+    roles: dict[str, Role],
+    *,
+    num_slots: int = 512,
+    policy: str = "mooncake",
+    chunk_tokens: int = 64,
+    max_batch: int = 16,
+    brains: Brains | None = None,
+    hear: Callable[[str, Event, float], None] = lambda brain, event, now: None,
 ) -> AsyncIterator[Cluster]:
+    """`hear` is told of each event that the `conductor` or the batcher of an instance takes."""
     clock = asyncio.get_running_loop().time
     to_hub: MemoryListener[FromNode, Message | PoolEvent] = MemoryListener(msgspec.msgpack.Decoder(FromNode))
     to_pool: MemoryListener[PoolCall, PoolReply] = MemoryListener(msgspec.msgpack.Decoder(PoolCall))
-    conductor = Conductor(
-        ConductorConfig(kv_bytes_per_token=SHAPE.kv_bytes_per_token, block_tokens=BLOCK, shares_cores=True),
-        COSTS,
-        policy=POLICIES[policy](),
-        rng=Random(0),
-    )
+    brains = brains or default_brains(num_slots, policy, chunk_tokens, max_batch)
+    conductor = brains.conductor
     hub = Hub(SPEC, conductor, send=to_hub.send, clock=clock, request_timeout_s=600.0)
-    host = PoolHost(NODE, PoolNode(num_slots), create_arena(num_slots, SPEC.slot_bytes), clock)
+    hub.on_event = partial(hear, "conductor")
+    host = PoolHost(NODE, brains.pool, create_arena(num_slots, SPEC.slot_bytes), clock)
     pool_channel: MemoryChannel[ToPool, FromPool] = MemoryChannel(to_hub, pool_name(NODE), msgspec.msgpack.Decoder(ToPool))
     pool = PoolBody(host, NODE, instances=to_pool, hub=pool_channel)
     found = Cluster(hub, conductor, host)
@@ -118,15 +150,13 @@ async def cluster(
         info = InstanceInfo(name, role, NODE, epoch, num_slots * BLOCK, max_batch)
         channel: MemoryChannel[ToInstance, FromInstance] = MemoryChannel(to_hub, name, msgspec.msgpack.Decoder(ToInstance))
         calls: MemoryChannel[PoolReply, PoolCall] = MemoryChannel(to_pool, name, msgspec.msgpack.Decoder(PoolReply))
-        batcher = Batcher(
-            BatcherConfig(block_tokens=BLOCK, max_batch=max_batch, max_step_tokens=chunk_tokens, stash_pages=4, starve_s=60.0),
-            COSTS,
-        )
+        batcher = brains.make_batcher(info)
         found.batchers[name] = batcher
-        engine = FakeEngine(SPEC, COSTS)
+        engine = FakeEngine(SPEC, brains.costs)
         async with connect_pool(calls, name, epoch) as client:
             engine.attach(await client.join())
             body = InstanceBody(info, engine, batcher, client, max_gap_s=0.05, receive=channel.recv, send=channel.send)
+            body.on_event = partial(hear, name)
             await body.run()
 
     async with AsyncExitStack() as stack:

@@ -16,10 +16,9 @@ from kvasir.cluster.hub import Clock, Hub, Send
 from kvasir.cluster.local import LocalCluster, fit_to_pool
 from kvasir.cluster.model import model_spec
 from kvasir.cluster.service import Submission
-from kvasir.core.request import Sampling
-from kvasir.scheduling.conductor import Conductor
+from kvasir.core.request import Sampling, Slo
 from kvasir.scheduling.placer import ConductorConfig
-from kvasir.scheduling.policies import POLICIES
+from kvasir.scheduling.strategy import strategy
 
 T = TypeVar("T")
 START_S = 90.0
@@ -60,11 +59,15 @@ class RealCluster:
         self._stop = asyncio.Event()
         spec = fit_to_pool(model_spec(self._config), self._config)
         costs = load_costs(None, spec)
-        conductor = Conductor(
-            ConductorConfig(kv_bytes_per_token=spec.shape.kv_bytes_per_token, block_tokens=spec.block_tokens),
-            costs,
-            policy=POLICIES["mooncake"](),
-            rng=Random(0),
+        conductor = (
+            strategy("mooncake")
+            .with_parts(admission="off")
+            .conductor(
+                ConductorConfig(kv_bytes_per_token=spec.shape.kv_bytes_per_token, block_tokens=spec.block_tokens),
+                costs,
+                Slo(),
+                Random(0),
+            )
         )
 
         def make_hub(send: Send, clock: Clock) -> Hub:

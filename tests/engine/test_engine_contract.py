@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from kvasir.core.request import Sampling
+from kvasir.costs.model import Seconds
 from kvasir.engine.checkpoint import read_spec
 from kvasir.engine.fake import FakeEngine
 from kvasir.engine.interface import Engine, ModelSpec
@@ -29,6 +31,9 @@ class NoTime:
 
     def decode_step_s(self, batch: int, context_tokens: int) -> float:
         return 0.0
+
+    def decode_steps_s(self, batch: npt.NDArray[np.int64], context_tokens: npt.NDArray[np.int64]) -> Seconds:
+        return np.zeros(len(batch))
 
     def transfer_s(self, num_bytes: int) -> float:
         return 0.0

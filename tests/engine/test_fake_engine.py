@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
+from kvasir.costs.model import Seconds
 from kvasir.costs.shape import ModelShape
 from kvasir.engine.fake import FakeEngine
 from kvasir.engine.interface import ModelSpec
@@ -31,6 +34,9 @@ class Costs:
 
     def decode_step_s(self, batch: int, context_tokens: int) -> float:
         return 1e-2 + 1e-4 * context_tokens
+
+    def decode_steps_s(self, batch: npt.NDArray[np.int64], context_tokens: npt.NDArray[np.int64]) -> Seconds:
+        return np.asarray(1e-2 + 1e-4 * context_tokens)
 
     def transfer_s(self, num_bytes: int) -> float:
         return 0.0

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from kvasir.cluster.service import ClusterStatus, Output, Rejected, Submission
-from kvasir.core.commands import Decision, Reject
+from kvasir.core.commands import Candidate, Decision, Reject
 from kvasir.core.request import FinishReason
 from kvasir.costs.shape import ModelShape
 from kvasir.engine.interface import ModelSpec, SampledToken
@@ -149,7 +149,17 @@ async def url(service: FakeService, tokenizer: Tokenizer, config: GatewayConfig)
 
 @pytest.fixture
 def rejection() -> Rejected:
-    decision = Decision(request_id="r", policy="predicted_load", reason="decode is full", at_s=1.0, ttft_s=42.0)
+    decision = Decision(
+        request_id="r",
+        policy="mooncake",
+        at_s=1.0,
+        why="least TTFT among 1",
+        candidates=(Candidate("p0", wait_s=41.0, transfer_s=0.0, prefill_s=1.0, prefix_tokens=0),),
+        decode="d0",
+        tbt_s=0.14,
+        batch=9,
+        refusal="decode is full",
+    )
     reject = Reject(
         request_id="r",
         code="slo_tbt",

@@ -232,7 +232,13 @@ async def test_a_rejection_is_a_429_with_its_reason(
     error = check(response, 429, code="slo_tbt")
     assert response.headers["retry-after"] == "3"
     assert error["retry_after_s"] == 2.3
-    assert error["decision"] == {"policy": "predicted_load", "reason": "decode is full", "ttft_s": 42.0, "tbt_s": None}
+    assert error["decision"] == {
+        "policy": "mooncake",
+        "reason": "rejected, decode is full: prefill on p0 by least TTFT among 1: wait 41 s + prefill 1 s after 0 cached tokens"
+        " = TTFT 42 s; decode on d0 at TBT 140 ms in a batch of 9",
+        "ttft_s": 42.0,
+        "tbt_s": 0.14,
+    }
 
 
 FAILURES = [

@@ -29,9 +29,9 @@ from kvasir.core.events import (
 from kvasir.core.request import FinishReason, Request, Role, Slo
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
 from kvasir.report.slo import ScaledSlo
-from kvasir.scheduling.admission import ADMISSIONS, Admission, SloAdmission
+from kvasir.scheduling.admission import ADMISSIONS, Admission, Off, SloAdmission
 from kvasir.scheduling.conductor import Conductor
-from kvasir.scheduling.placer import ConductorConfig
+from kvasir.scheduling.placer import ConductorConfig, Rules
 from kvasir.scheduling.policies import POLICIES, LeastLoaded, Mooncake, Placement
 
 COSTS = FittedCost(PrefillFit(0.0, 1e-3, 0, 0), DecodeFit(0.010, 1e-3, 0), 0.0, 1e9)  # 1 ms a prompt token
@@ -59,7 +59,9 @@ class Cluster:
         admission: Admission | None = None,
         config: ConductorConfig = CONFIG,
     ):
-        self.conductor = Conductor(config, COSTS, policy=policy or Mooncake(), rng=Random(0), admission=admission)
+        self.conductor = Conductor(
+            config, COSTS, rules=Rules(policy or Mooncake(), admission or Off()), slo=Slo(), rng=Random(0)
+        )
         for info in infos or (
             *(instance(f"p{i}", Role.PREFILL) for i in (0, 1)),
             *(instance(f"d{i}", Role.DECODE) for i in (0, 1)),

@@ -28,7 +28,7 @@ from kvasir.core.request import FinishReason, Request, Role, Slo
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
 from kvasir.scheduling.admission import ADMISSIONS
 from kvasir.scheduling.conductor import Conductor
-from kvasir.scheduling.placer import ConductorConfig
+from kvasir.scheduling.placer import ConductorConfig, Rules
 from kvasir.scheduling.policies import POLICIES
 
 KEYS = tuple(bytes([i]) * 16 for i in range(6))
@@ -47,8 +47,10 @@ class ConductorMachine(RuleBasedStateMachine):
         config = ConductorConfig(
             kv_bytes_per_token=1000, block_tokens=10, max_queued=6, max_attempts=3, expected_output_tokens=20
         )
-        rule = ADMISSIONS[admission](Slo(ttft_s=0.5, tbt_s=0.02))
-        self.conductor = Conductor(config, COSTS, policy=POLICIES[policy](), rng=Random(1), admission=rule)
+        slo = Slo(ttft_s=0.5, tbt_s=0.02)
+        self.conductor = Conductor(
+            config, COSTS, rules=Rules(POLICIES[policy](), ADMISSIONS[admission](slo)), slo=slo, rng=Random(1)
+        )
         self.now = 0.0
         self.up: dict[str, int] = {}
         self.epochs: dict[str, int] = dict.fromkeys(INSTANCES, 0)

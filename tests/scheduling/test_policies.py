@@ -3,12 +3,15 @@
 from collections.abc import Callable
 from random import Random
 
+import numpy as np
 import pytest
 
+from kvasir.core.commands import Candidate
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
-from kvasir.scheduling.decode_choice import choose_decode
+from kvasir.scheduling.decode_choice import DECODE_RULES, DecodeChoice, least_tbt
 from kvasir.scheduling.policies import POLICIES, LeastLoaded, Local, Mooncake, Placement, RandomChoice, RoundRobin
-from kvasir.scheduling.view import ClusterView, DecodeView, PrefillView
+from kvasir.scheduling.view import ClusterView, DecodeColumns, PrefillColumns
+from tests.scheduling.views import decode_columns
 
 COSTS = FittedCost(PrefillFit(0.0, 1e-3, 0, 0), DecodeFit(0.010, 1e-3, 1e-6), 0.0, 1e6)  # 1 ms a token; 1 MB/s
 
@@ -17,13 +20,28 @@ def view(
     *prefills: tuple[float, int],
     best: int = 0,
     source: str | None = None,
-    decodes: tuple[DecodeView, ...] = (),
+    decodes: DecodeColumns | None = None,
     kv_bytes: int = 100,
 ) -> ClusterView:
     """Instances p0, p1, ... on nodes n0, n1, ... as (wait, own prefix) for 1,000 tokens; fetching a token takes 0.1 ms."""
+    count = len(prefills)
+    zeros = np.zeros(count, dtype=np.int64)
+    prefix = np.array([prefix for _, prefix in prefills], dtype=np.int64)
     return ClusterView(
-        prefills=tuple(PrefillView(f"p{i}", f"n{i}", wait_s, prefix) for i, (wait_s, prefix) in enumerate(prefills)),
-        decodes=decodes,
+        prefills=PrefillColumns(
+            ids=tuple(f"p{i}" for i in range(count)),
+            nodes=tuple(f"n{i}" for i in range(count)),
+            wait_s=np.array([wait_s for wait_s, _ in prefills], dtype=float),
+            pace=np.ones(count),
+            prefix_tokens=prefix,
+            deep_tokens=prefix,
+            queued=zeros,
+            queued_tokens=zeros,
+            batch=zeros,
+            kv_used=np.zeros(count),
+            can_decode=np.zeros(count, dtype=np.bool_),
+        ),
+        decodes=decodes or decode_columns(),
         num_prompt_tokens=1000,
         best_tokens=best,
         source=source,
@@ -39,7 +57,7 @@ def chosen(policy: Placement, cluster: ClusterView) -> str:
 @pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)
 def test_every_policy_chooses_one_of_its_candidates_and_says_why(make: Callable[[], Placement]) -> None:
     choice = make().place(view((1.0, 0), (0.5, 400), best=400, source="n1"), Random(1))
-    assert choice.chosen in choice.candidates
+    assert len({c.instance for c in choice.candidates}) == len(choice.candidates)
     assert choice.chosen.instance in {"p0", "p1"}
     assert choice.why
 
@@ -117,25 +135,53 @@ def test_the_node_that_holds_the_best_prefix_fetches_nothing() -> None:
     assert Mooncake().place(view((0.0, 900), best=900, source="n0"), Random(1)).chosen.fetch_tokens == 0
 
 
-def decode(name: str, *, batch: int = 0, context: int = 0, free: int = 10_000, max_batch: int = 8) -> DecodeView:
-    return DecodeView(name, "n", batch, context, free, max_batch)
+def decode_on(*rows: tuple[str, int, int, int], prefill: str | None = None) -> DecodeChoice:
+    candidate = None if prefill is None else Candidate(prefill, 0.0, 0.0, 1.0, 0)
+    return least_tbt(view((0, 0), decodes=decode_columns(*rows)), candidate, 1100)
 
 
 def test_decode_goes_where_the_step_will_be_shortest() -> None:
-    cluster = view((0, 0), decodes=(decode("d0", batch=2, context=100), decode("d1", batch=1, context=5000)))
-    choice = choose_decode(cluster, prefill="p0", kv_tokens=1100)
+    choice = decode_on(("d0", 2, 100, 10_000), ("d1", 1, 5000, 10_000), prefill="p0")
     assert (choice.instance, choice.batch, choice.context_tokens) == ("d0", 3, 1100)
     assert choice.tbt_s == pytest.approx(0.010 + 0.003 + 0.0011)
 
 
 def test_an_instance_without_room_is_taken_only_if_there_is_no_other() -> None:
-    full, small, busy = decode("d0", batch=8), decode("d1", free=1000), decode("d2", batch=7, context=100_000)
-    assert choose_decode(view((0, 0), decodes=(full, small, busy)), prefill=None, kv_tokens=1100).instance == "d2"
-    assert not choose_decode(view((0, 0), decodes=(full, small)), prefill=None, kv_tokens=1100).fits
+    full, small, busy = ("d0", 8, 0, 10_000), ("d1", 0, 0, 1000), ("d2", 7, 100_000, 10_000)
+    assert decode_on(full, small, busy).instance == "d2"
+    assert not decode_on(full, small).fits
 
 
 def test_a_mixed_instance_keeps_what_it_prefilled_while_it_has_room() -> None:
-    decodes = (decode("d0"), decode("p0", batch=5))
-    assert choose_decode(view((0, 0), decodes=decodes), prefill="p0", kv_tokens=1100).instance == "p0"
-    decodes = (decode("d0"), decode("p0", batch=8))
-    assert choose_decode(view((0, 0), decodes=decodes), prefill="p0", kv_tokens=1100).instance == "d0"
+    assert decode_on(("d0", 0, 0, 10_000), ("p0", 5, 0, 10_000), prefill="p0").instance == "p0"
+    assert decode_on(("d0", 0, 0, 10_000), ("p0", 8, 0, 10_000), prefill="p0").instance == "d0"
+
+
+def test_other_rules_stay_or_count_requests() -> None:
+    cluster = view((0, 0), decodes=decode_columns(("d0", 2, 0, 10_000), ("p0", 8, 0, 10_000)))
+    candidate = Candidate("p0", 0.0, 0.0, 1.0, 0)
+    assert DECODE_RULES["stay"](cluster, candidate, 1100).instance == "p0"
+    assert DECODE_RULES["fewest-requests"](cluster, candidate, 1100).instance == "d0"
+
+
+def test_ours_decodes_where_the_batch_will_be_small_when_the_prefill_is_done() -> None:
+    """d0 has four who leave within 10 s, d1 three who have yet to come."""
+    columns = DecodeColumns(
+        ids=("d0", "d1"),
+        nodes=("d0", "d1"),
+        batch=np.array([4, 3]),
+        context_tokens=np.array([4000, 3000]),
+        free_kv_tokens=np.array([6000, 7000]),
+        max_batch=np.array([8, 8]),
+        taken_batch=np.array([4, 0]),
+        taken_context=np.array([4000, 0]),
+        kv_tokens=np.array([10_000, 10_000]),
+        taken_kv=np.array([4000, 0]),
+        stays_s=10.0,
+    )
+    cluster = view((0, 0), decodes=columns)
+    rule = DECODE_RULES["least-expected-tbt"]
+    assert rule(cluster, Candidate("p0", 0.0, 0.0, 0.0, 0), 1100).instance == "d1"
+    later = rule(cluster, Candidate("p0", 5.0, 0.0, 0.0, 0), 1100)
+    assert (later.instance, later.batch, later.context_tokens) == ("d0", 3, 3000)
+    assert list(columns.expected(20.0).batch) == [0, 1]  # of three who came in 20 s, half have left

@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import signal
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import typer
 from rich.console import Console
 
 from kvasir.cli.costs import load_costs
 from kvasir.cli.options import options_of, with_options
-from kvasir.cluster.config import ServeConfig, choose, load_config
+from kvasir.cluster.config import ServeConfig, load_config
 from kvasir.cluster.hub import Clock, Hub, Send
 from kvasir.cluster.local import LocalCluster, fit_to_pool
 from kvasir.cluster.messages import Progress
 from kvasir.cluster.model import model_spec
+from kvasir.core.errors import ConfigError
 from kvasir.core.request import Slo
 from kvasir.core.units import format_size, parse_duration
-from kvasir.costs.model import CostModel
+from kvasir.costs.fitted import FittedCost
+from kvasir.costs.roofline import RooflineCost
 from kvasir.engine.interface import ModelSpec
 from kvasir.gateway.app import make_app
 from kvasir.gateway.config import GatewayConfig
 from kvasir.gateway.server import serve_http
 from kvasir.gateway.tokenizer import Tokenizer
-from kvasir.scheduling.admission import ADMISSIONS
-from kvasir.scheduling.conductor import Conductor
 from kvasir.scheduling.placer import ConductorConfig
-from kvasir.scheduling.policies import POLICIES
+from kvasir.scheduling.recording import ConductorSetup, heard, line_of
 from kvasir.telemetry import logs
 
 READY_DEADLINE_S = 600.0
@@ -72,36 +72,53 @@ async def run_server(config: ServeConfig) -> None:
     costs = load_costs(config.profile, spec)
     tokenizer = Tokenizer.load(spec.path)
     gateway = GatewayConfig(served_model_name=spec.name, api_keys=tuple(config.api_key))
-    cluster = LocalCluster(config, spec, costs, _hub_maker(config, spec, costs), on_progress=screen.progress)
-    app = make_app(cluster.hub, tokenizer, gateway)
-    # in this order, so that answers that run may end before the cluster does
-    async with cluster.running(), serve_http(app, config.host, config.port, stop_timeout_s=DRAIN_S) as port:
-        await _first_of(cluster.ready(READY_DEADLINE_S), stop.wait())
-        if not stop.is_set():
-            screen.ready(cluster, port)
-            await _first_of(cluster.wait_failed(), stop.wait())
-        screen.say("stopping")
+    with _recording(config) as log:
+        cluster = LocalCluster(config, spec, costs, _hub_maker(config, spec, costs, log), on_progress=screen.progress)
+        app = make_app(cluster.hub, tokenizer, gateway)
+        # in this order, so that answers that run may end before the cluster does
+        async with cluster.running(), serve_http(app, config.host, config.port, stop_timeout_s=DRAIN_S) as port:
+            await _first_of(cluster.ready(READY_DEADLINE_S), stop.wait())
+            if not stop.is_set():
+                screen.ready(cluster, port)
+                await _first_of(cluster.wait_failed(), stop.wait())
+            screen.say("stopping")
 
 
-def _hub_maker(config: ServeConfig, spec: ModelSpec, costs: CostModel) -> Callable[[Send, Clock], Hub]:
-    slo = Slo(parse_duration(config.slo_ttft), parse_duration(config.slo_tbt))
-    conductor = Conductor(
-        ConductorConfig(
+def _hub_maker(
+    config: ServeConfig, spec: ModelSpec, costs: FittedCost | RooflineCost, log: BinaryIO | None
+) -> Callable[[Send, Clock], Hub]:
+    setup = ConductorSetup(
+        policy=config.policy,
+        admission=config.admission,
+        config=ConductorConfig(
             kv_bytes_per_token=spec.shape.kv_bytes_per_token,
             block_tokens=spec.block_tokens,
             max_queued=config.max_queue,
             shares_cores=config.device == "cpu",
         ),
-        costs,
-        policy=choose("policy", config.policy, POLICIES)(),
-        rng=random.Random(config.seed),
-        admission=choose("admission", config.admission, ADMISSIONS)(slo),
+        costs=costs,
+        slo=Slo(parse_duration(config.slo_ttft), parse_duration(config.slo_tbt)),
+        seed=config.seed,
     )
+    conductor = setup.make()
 
     def make(send: Send, clock: Clock) -> Hub:
-        return Hub(spec, conductor, send=send, clock=clock, request_timeout_s=parse_duration(config.request_timeout))
+        hub = Hub(spec, conductor, send=send, clock=clock, request_timeout_s=parse_duration(config.request_timeout))
+        if log is not None:
+            log.write(line_of(setup))
+            hub.on_event = lambda event, now: log.write(heard("conductor", event, now))
+        return hub
 
     return make
+
+
+def _recording(config: ServeConfig) -> AbstractContextManager[BinaryIO | None]:
+    if config.record is None:
+        return nullcontext()
+    try:
+        return Path(config.record).open("wb")
+    except OSError as error:
+        raise ConfigError(f"--record: cannot write {config.record}: {error.strerror}") from None
 
 
 def _stop_on_signals() -> asyncio.Event:

@@ -52,10 +52,10 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
     slo_ttft: Annotated[str, _about("Objective for the time to first token.")] = "30s"
     slo_tbt: Annotated[str, _about("Objective for the time between tokens.")] = "100ms"
-    policy: Annotated[str, _about("Placement policy.")] = "mooncake"
-    admission: Annotated[str, _about("slo: reject early what is predicted to miss its objectives; off: queue everything.")] = (
-        "slo"
-    )
+    policy: Annotated[str, _about("Scheduler: mooncake, kvasir, local, least-loaded, ...; see docs/policies.md.")] = "mooncake"
+    admission: Annotated[
+        str | None, _about("Early rejection: off, slo, predictive, ... (default: the policy's; mooncake's is slo).")
+    ] = None
     max_queue: Annotated[int, _about("Most requests waiting for their prefill at once; more are rejected with 429.")] = 1024
     max_batch: Annotated[int, _about("Most sequences decoding together in an instance.")] = 64
     chunk_tokens: Annotated[int, _about("Most new tokens in one step: the size of a prefill chunk.")] = 512
@@ -64,6 +64,9 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         None
     )
     seed: Annotated[int, _about("Seed of policies that draw.")] = 0
+    record: Annotated[
+        str | None, _about("Write to this file what the conductor is told, so that its decisions can be replayed; no prompts.")
+    ] = None
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _about("debug, info, warning or error.")] = "info"
     log_json: Annotated[bool, _about("Log as JSON lines.")] = False
 

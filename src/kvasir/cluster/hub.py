@@ -35,7 +35,7 @@ from kvasir.cluster.pool_host import HUB, HUB_EPOCH
 from kvasir.cluster.pool_messages import Resync
 from kvasir.cluster.service import ClusterStatus, InstanceStatus, Output, Rejected, RequestFailed, Submission
 from kvasir.core import commands
-from kvasir.core.commands import Cancel, Decision, Decode, Fail, Prefill, Reject, ShareCores
+from kvasir.core.commands import Cancel, Decision, Decode, Fail, Prefill, Reject, SetRole, ShareCores
 from kvasir.core.errors import RequestError
 from kvasir.core.events import (
     Aborted,
@@ -60,7 +60,7 @@ from kvasir.core.request import Request
 from kvasir.engine.interface import ModelSpec, SampledToken
 from kvasir.scheduling.conductor import Conductor
 
-TICK_S = 0.25
+TICK_S = 1.0
 HEARTBEAT_DEADLINE_S = 20.0
 """An instance that is silent for so long is lost; a dead process is noticed at once by whoever started it."""
 
@@ -121,6 +121,9 @@ class Hub:
         self._num_runs = 0
         self.on_silent: Callable[[str], None] = self.lose_instance
         """What to do about an instance that is silent: whoever started it must end it before its slots are given to others."""
+        self.on_event: Callable[[Event, float], object] = lambda event, now: None
+        """Hears each event and its time before the Conductor does: a recording of them replays to the same commands."""
+        self.on_decision: Callable[[Decision], object] = lambda decision: None
         self._log = structlog.get_logger().bind(part="conductor")
 
     # --- the gateway's side: Service ---------------------------------------------------------------------------
@@ -290,15 +293,17 @@ class Hub:
     # --- the Conductor's side ----------------------------------------------------------------------------------
 
     def _apply(self, event: Event) -> None:
-        for command in self._conductor.handle(event, self._clock()):
+        now = self._clock()
+        self.on_event(event, now)
+        for command in self._conductor.handle(event, now):
             match command:
-                case Prefill(request_id=request_id, instance=instance, decode=decode, decision=decision):
+                case Prefill(request_id=request_id, instance=instance, decode=decode, decision=decision, rank=rank):
                     self._record(decision)
                     live = self._live[request_id]
                     self._num_runs += 1
                     live.attempt = self._num_runs
                     live.prefilled = False
-                    self._run(request_id, instance, Phase.BOTH if decode == instance else Phase.PREFILL)
+                    self._run(request_id, instance, Phase.BOTH if decode == instance else Phase.PREFILL, rank)
                 case Decode(request_id=request_id, instance=instance):
                     self._run(request_id, instance, Phase.DECODE)
                 case Cancel(request_id=request_id, instance=instance):
@@ -310,12 +315,19 @@ class Hub:
                     self._end(request_id, command)
                 case ShareCores(instance=instance, with_prefill=with_prefill):
                     self._send(instance, Pace(with_prefill))
+                case SetRole(instance=instance, role=role):
+                    known = self._instances[instance]
+                    known.info = replace(known.info, role=role)
+                    self._log.info("role changed", instance=instance, role=role.value)
+                    asyncio.get_running_loop().call_soon(self._apply, InstanceJoined(known.info))
+                case commands.Replicate(source=source, target=target):
+                    self._log.warning("no copy was made: blocks do not travel between nodes yet", source=source, target=target)
                 case commands.Resync(node=node):
                     self._send(pool_name(node), Resync())
                 case _:
                     raise AssertionError(f"the Conductor said {command!r}")
 
-    def _run(self, request_id: str, instance: str, phase: Phase) -> None:
+    def _run(self, request_id: str, instance: str, phase: Phase, rank: float | None = None) -> None:
         live = self._live[request_id]
         live.phase = phase
         submission = live.submission
@@ -329,6 +341,7 @@ class Hub:
             stop_tokens=submission.stop_tokens + (() if submission.ignore_eos else self._spec.eos_token_ids),
             root=live.root,
             priority=submission.priority,
+            rank=rank,
         )
         if not self._send(instance, message):
             self._counters["undelivered"] += 1
@@ -340,6 +353,7 @@ class Hub:
             live.outputs.put_nowait(outcome)
 
     def _record(self, decision: Decision) -> None:
+        self.on_decision(decision)
         self._counters[f"decisions_{decision.policy}"] += 1
         self._log.debug("decision", request=decision.request_id, chosen=decision.chosen, reason=decision.reason)
 

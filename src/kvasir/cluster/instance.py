@@ -13,6 +13,7 @@ from typing import Any, assert_never
 
 import numpy as np
 import structlog
+from msgspec.structs import replace
 
 from kvasir.cluster.messages import (
     CancelRun,
@@ -32,7 +33,7 @@ from kvasir.cluster.messages import (
 from kvasir.cluster.pool_client import Pool
 from kvasir.core.commands import Chunk, HandOff, NeedPages, Preempt, Publish, Release, ReturnPages, Starved, Step
 from kvasir.core.errors import ClusterError, KvasirError
-from kvasir.core.events import Cancelled, Event, InstanceInfo, PagesGranted, StepDone, Submitted, Tick
+from kvasir.core.events import Cancelled, Event, InstanceInfo, InstanceLoad, PagesGranted, StepDone, Submitted, Tick
 from kvasir.core.keys import BlockKey, block_keys
 from kvasir.core.pool_events import KeyedSlot
 from kvasir.core.request import FinishReason
@@ -96,6 +97,8 @@ class InstanceBody:
         self._steps: asyncio.Queue[Step] = asyncio.Queue(maxsize=2)
         self._log = structlog.get_logger().bind(instance=info.id)
         self._clock = asyncio.get_running_loop().time
+        self.on_event: Callable[[Event, float], object] = lambda event, now: None
+        """Hears each event and its time before the Batcher does: a recording of them replays to the same commands."""
         self._tasks = asyncio.TaskGroup()
         self._block_tokens = engine.spec.block_tokens
 
@@ -167,6 +170,7 @@ class InstanceBody:
                 pages=tuple(pages),
                 hand_off=sequence.phase is Phase.PREFILL,
                 priority=sequence.request.priority,
+                rank=sequence.request.rank,
             )
         )
 
@@ -187,7 +191,9 @@ class InstanceBody:
     # --- what the Batcher wants --------------------------------------------------------------------------------
 
     def _apply(self, event: Event) -> None:
-        for command in self._batcher.handle(event, self._clock()):
+        now = self._clock()
+        self.on_event(event, now)
+        for command in self._batcher.handle(event, now):
             match command:
                 case Step():
                     self._steps.put_nowait(command)
@@ -253,12 +259,13 @@ class InstanceBody:
     async def _run_steps(self) -> None:
         while True:
             step = await self._steps.get()
-            slices = [self._slice(chunk) for chunk in step.chunks]
+            slices = [self._slice(chunk) for chunk in (*self._batcher.decode_chunks(), *step.chunks)]
             result = await self._engine.step(slices)
             outputs = tuple(self._grow(run, sampled) for run, sampled in result.tokens.items())
             self._apply(StepDone(tuple(out.run for out in outputs if out.finish is not None)))
             if outputs:
-                self._tell(StepOutput(self._info.id, outputs))
+                ends_first = sorted(outputs, key=lambda out: out.finish is None)
+                self._tell(StepOutput(self._info.id, tuple(ends_first)))
             if self._pauses:
                 await asyncio.sleep(max(0.0, min(result.seconds, self._max_gap_s - result.seconds)))
 
@@ -290,9 +297,15 @@ class InstanceBody:
 
     async def _beat(self) -> None:
         while True:
-            self._send(InstanceReport(self._info.id, self._info.epoch, self._batcher.load()))
+            self._send(InstanceReport(self._info.id, self._info.epoch, self._load()))
             self._apply(Tick())
             await asyncio.sleep(HEARTBEAT_S)
+
+    def _load(self) -> InstanceLoad:
+        """What was preempted is with nobody else and waits, too."""
+        load = self._batcher.load()
+        tokens = sum(len(self._sequences[run].tokens) for run in self._parked)
+        return replace(load, waiting=load.waiting + len(self._parked), waiting_tokens=load.waiting_tokens + tokens)
 
     def _fail(self, run: str, error: str) -> None:
         self._tell(RunFailed(run, self._info.id, error))

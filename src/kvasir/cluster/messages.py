@@ -30,7 +30,8 @@ class Phase(StrEnum):
 class RunRequest(Message, frozen=True):
     """Run a request: `run` names this attempt at it, on every instance that takes part, and its lease in the pool.
 
-    `tokens` (uint32, little-endian) are the prompt and what was sent to the client before (a request that moved).
+    `tokens` (uint32, little-endian) are the prompt and what was sent to the client before (a request that moved). `rank` is its
+    prompt's place in the queue.
     """
 
     run: str
@@ -41,6 +42,7 @@ class RunRequest(Message, frozen=True):
     stop_tokens: tuple[int, ...]
     root: BlockKey
     priority: int = 0
+    rank: float | None = None
 
 
 class CancelRun(Message, frozen=True):

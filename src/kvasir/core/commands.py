@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 from msgspec import Struct
 
 from kvasir.core.keys import BlockKey
 from kvasir.core.request import Role
+from kvasir.core.units import format_duration
 
 
 class Command(Struct, frozen=True, tag=True):
@@ -38,17 +37,54 @@ class Candidate(Struct, frozen=True):
 
 
 class Decision(Struct, frozen=True):
-    """Why a request went where it went: the log line, the metric, the answer of `explain`, the test's expectation."""
+    """Why a request went where it went: the log line, the metric, the answer of `explain`, the test's expectation.
+
+    `candidates` begin with the chosen one; the next best follow. `why` finishes the sentence "prefill on p3 by ...";
+    `refusal` is why the request was not started. `tbt_s` and `batch` are predicted for the decode batch that it joins.
+    """
 
     request_id: str
     policy: str
-    reason: str
     at_s: float
-    chosen: str | None = None
-    decode: str | None = None
-    ttft_s: float | None = None
-    tbt_s: float | None = None
+    why: str = ""
     candidates: tuple[Candidate, ...] = ()
+    decode: str | None = None
+    tbt_s: float | None = None
+    batch: int = 0
+    has_room: bool = True
+    refusal: str | None = None
+
+    @property
+    def chosen(self) -> str | None:
+        """The prefill instance."""
+        return self.candidates[0].instance if self.candidates else None
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Predicted for the chosen candidate."""
+        return self.candidates[0].ttft_s if self.candidates else None
+
+    @property
+    def reason(self) -> str:
+        """`prefill on p0 by least TTFT ...: wait 1.2 s + transfer ... + prefill ... = TTFT ...; decode on d1 at TBT ...`."""
+        plan = f"{self._plan()}; {self._decode()}" if self.candidates else ""
+        if self.refusal is None:
+            return plan
+        return f"rejected, {self.refusal}: {plan}" if plan else f"rejected, {self.refusal}"
+
+    def _plan(self) -> str:
+        c = self.candidates[0]
+        fetch = f" + fetch of {c.fetch_tokens} tokens from {c.source} {format_duration(c.transfer_s)}" if c.source else ""
+        load = f" + {c.load_tokens} tokens from SSD {format_duration(c.transfer_s)}" if c.load_tokens else ""
+        stages = f" in {len(c.group)} stages" if c.group else ""
+        return (
+            f"prefill on {c.instance} by {self.why}: wait {format_duration(c.wait_s)}{fetch}{load} + prefill"
+            f" {format_duration(c.prefill_s)} after {c.prefix_tokens} cached tokens{stages} = TTFT {format_duration(c.ttft_s)}"
+        )
+
+    def _decode(self) -> str:
+        room = "" if self.has_room else ", once there is room"
+        return f"decode on {self.decode} at TBT {format_duration(self.tbt_s or 0.0)} in a batch of {self.batch}{room}"
 
 
 # --- Conductor ---------------------------------------------------------------------------------------------
@@ -57,8 +93,8 @@ class Decision(Struct, frozen=True):
 class Reject(Command, frozen=True):
     """Early rejection, before any work is spent: HTTP 429 with `code` (machine-readable) and Retry-After.
 
-    `code` is `queue_full`, `decode_full`, `slo_ttft` or `slo_tbt`; or `too_large`: no instance can ever hold the request,
-    so that trying again is in vain (HTTP 400, `retry_after_s` 0).
+    `code` is `queue_full`, `decode_full`, `slo_ttft`, `slo_tbt` or `overload`; or `too_large`: no instance can ever hold
+    the request, so that trying again is in vain (HTTP 400, `retry_after_s` 0).
     """
 
     request_id: str
@@ -79,7 +115,7 @@ class Fail(Command, frozen=True):
 class Prefill(Command, frozen=True):
     """Run the prompt on `instance`; keep decoding there when `decode` is the same instance, else hand off.
 
-    The first token is due at `deadline_s`, which orders the instance's queue.
+    `rank` is its place in the instance's queue, the least first; ranks of one conductor compare.
     """
 
     request_id: str
@@ -87,7 +123,7 @@ class Prefill(Command, frozen=True):
     decode: str
     candidate: Candidate
     decision: Decision
-    deadline_s: float = math.inf
+    rank: float = 0.0
 
 
 class Decode(Command, frozen=True):
@@ -139,7 +175,8 @@ class Resync(Command, frozen=True):
 class Chunk(Struct, frozen=True):
     """Tokens [start, start + length) of a sequence, to be computed in one step; `pages` cover them and all before.
 
-    `samples` is true when the chunk ends at the sequence's newest token, so that a next token is drawn.
+    `samples` is true when the chunk ends at the sequence's newest token, so that a next token is drawn. Only a `share` of the
+    model's layers is computed.
     """
 
     request_id: str
@@ -147,6 +184,7 @@ class Chunk(Struct, frozen=True):
     length: int
     pages: tuple[int, ...]
     samples: bool
+    share: float = 1.0
 
 
 class Step(Command, frozen=True):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 from msgspec import Struct
 
 from kvasir.core.keys import BlockKey
 from kvasir.core.request import FinishReason, Request, Role
+from kvasir.core.tier import Tier
 
 
 class Event(Struct, frozen=True, tag=True):
@@ -81,7 +80,7 @@ class InstanceLost(Event, frozen=True):
 
 
 class BlocksStored(Event, frozen=True):
-    """Blocks became readable on a node. `seq` counts a node's block events, removals too, so that a gap can be seen.
+    """Blocks became readable in a tier of a node. `seq` counts a node's block events, removals too, so that a gap can be seen.
 
     A pool process counts from 1 (or 0); a count that starts again is a pool that started again.
     """
@@ -89,20 +88,26 @@ class BlocksStored(Event, frozen=True):
     node: str
     seq: int
     keys: tuple[BlockKey, ...]
+    tier: Tier = Tier.DRAM
 
 
 class BlocksRemoved(Event, frozen=True):
     node: str
     seq: int
     keys: tuple[BlockKey, ...]
+    tier: Tier = Tier.DRAM
 
 
 class Inventory(Event, frozen=True):
-    """All blocks that are readable on a node, as of its block event `seq`: the answer to Resync."""
+    """All blocks that are readable on a node, as of its block event `seq`: the answer to Resync.
+
+    `keys` are those in DRAM, `ssd_keys` those on the SSD; a block may be in both.
+    """
 
     node: str
     seq: int
     keys: tuple[BlockKey, ...]
+    ssd_keys: tuple[BlockKey, ...] = ()
 
 
 class NodeLost(Event, frozen=True):
@@ -130,7 +135,7 @@ class Submitted(Event, frozen=True):
     `num_tokens` counts the tokens known so far (the prompt, and for a handed-off sequence its first token); at least one is not
     yet computed. `max_total_tokens` is where it must end; `hand_off` says that it leaves after its prefill. A last page that is
     partly filled is the lease's own (adopted with a hand-off) and will be written; full pages never are. A higher
-    `priority` goes first; `deadline_s`, when its first token is due, is for orders that look at it.
+    `priority` goes first, and within a priority the least `rank`, which the Conductor gave (None: now, in order of submission).
 
     A stage of a chunked pipeline computes a `share` below 1 of the model's layers: only the first `available` tokens may be
     computed until Extended says that more have come through the stage before. Every stage but the last `is_stage`: it
@@ -144,7 +149,7 @@ class Submitted(Event, frozen=True):
     pages: tuple[int, ...]
     hand_off: bool = False
     priority: int = 0
-    deadline_s: float = math.inf
+    rank: float | None = None
     share: float = 1.0
     available: int | None = None
     is_stage: bool = False

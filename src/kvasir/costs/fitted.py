@@ -74,6 +74,11 @@ class FittedCost(Struct, frozen=True, tag=True):
             return 0.0
         return self.decode.base_s + self.decode.per_sequence_s * batch + self.decode.per_context_token_s * context_tokens
 
+    def decode_steps_s(self, batch: npt.NDArray[np.int64], context_tokens: npt.NDArray[np.int64]) -> Array:
+        fit = self.decode
+        seconds: Array = fit.base_s + fit.per_sequence_s * batch + fit.per_context_token_s * context_tokens
+        return seconds
+
     def transfer_s(self, num_bytes: int) -> float:
         return self.transfer_latency_s + num_bytes / self.transfer_bandwidth if num_bytes > 0 else 0.0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from msgspec import Struct
 
 from kvasir.core.errors import ConfigError
@@ -10,12 +12,14 @@ TERA = 1e12
 GIGA = 1e9
 
 
-class Hardware(Struct, frozen=True):
+class Hardware(Struct, frozen=True, dict=True):
     """One node: `devices` accelerators with `flops` (FLOP/s) and `memory_bandwidth` (bytes/s) each.
 
     `flops_efficiency` and `memory_efficiency` are the shares of these peaks that a good engine reaches. `network_bandwidth`
     (bytes/s) and `network_latency_s` are the node's, to another node. `prefill_overhead_s` and `step_overhead_s` are paid
     once per prefill and per decode step, for launching, sampling and synchronising. `source` says where the peaks are from.
+
+    `dram_bytes` is the node's main memory and `ssd_*` one NVMe drive in it; 0 is not known, and then has to be said.
     """
 
     name: str
@@ -30,15 +34,25 @@ class Hardware(Struct, frozen=True):
     network_latency_s: float = 20e-6
     prefill_overhead_s: float = 10e-3
     step_overhead_s: float = 8e-3
+    dram_bytes: int = 0
+    ssd_bytes: int = 0
+    ssd_read_bandwidth: float = 0.0
+    ssd_write_bandwidth: float = 0.0
 
-    @property
+    @cached_property
     def effective_flops(self) -> float:
         return self.devices * self.flops * self.flops_efficiency
 
-    @property
+    @cached_property
     def effective_memory_bandwidth(self) -> float:
         return self.devices * self.memory_bandwidth * self.memory_efficiency
 
+
+_DGX_DRAM = 2 * 10**12
+"""NVIDIA DGX A100 80GB, DGX H100 and DGX H200 data sheets: 2 TB of system memory each."""
+
+_NVME_BYTES, _NVME_READ, _NVME_WRITE = 3_200 * 10**9, 6.8e9, 5.3e9
+"""One 3.2 TB PCIe 4 drive for mixed use: Micron 7450 MAX, sequential reads 6,800 MB/s and writes 5,300 MB/s by its brief."""
 
 HARDWARE: dict[str, Hardware] = {
     "a800": Hardware(
@@ -50,6 +64,10 @@ HARDWARE: dict[str, Hardware] = {
         network_bandwidth=80 * GIGA,
         source="NVIDIA A100 80GB SXM data sheet (the A800 differs in NVLink only); network: 4 x 200 Gbit/s of the Mooncake"
         " test bed, of which its transfer engine reaches 87 GB/s (FAST'25)",
+        dram_bytes=_DGX_DRAM,
+        ssd_bytes=_NVME_BYTES,
+        ssd_read_bandwidth=_NVME_READ,
+        ssd_write_bandwidth=_NVME_WRITE,
     ),
     "h800": Hardware(
         name="h800",
@@ -60,6 +78,10 @@ HARDWARE: dict[str, Hardware] = {
         network_bandwidth=180 * GIGA,
         source="NVIDIA H100 SXM data sheet (the H800 differs in NVLink and float64); network: 8 x 400 Gbit/s, of which the"
         " Mooncake transfer engine reaches 190 GB/s (FAST'25)",
+        dram_bytes=_DGX_DRAM,
+        ssd_bytes=_NVME_BYTES,
+        ssd_read_bandwidth=_NVME_READ,
+        ssd_write_bandwidth=_NVME_WRITE,
     ),
     "h200": Hardware(
         name="h200",
@@ -69,6 +91,10 @@ HARDWARE: dict[str, Hardware] = {
         memory_bytes=141 * 10**9,
         network_bandwidth=180 * GIGA,
         source="NVIDIA H200 SXM data sheet; network as for h800",
+        dram_bytes=_DGX_DRAM,
+        ssd_bytes=_NVME_BYTES,
+        ssd_read_bandwidth=_NVME_READ,
+        ssd_write_bandwidth=_NVME_WRITE,
     ),
     "cpu-laptop": Hardware(
         name="cpu-laptop",
@@ -84,6 +110,7 @@ HARDWARE: dict[str, Hardware] = {
         network_latency_s=60e-6,
         prefill_overhead_s=2e-3,
         step_overhead_s=2e-3,
+        dram_bytes=16 * 2**30,
     ),
 }
 """Name → node. A different node is a `Hardware` of one's own, or `msgspec.structs.replace` of one of these."""

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+Seconds = npt.NDArray[np.float64]
+
 
 class CostModel(Protocol):
     """Predicted seconds on one instance, otherwise idle. Every answer grows with every argument and is never negative."""
@@ -14,6 +19,10 @@ class CostModel(Protocol):
 
     def decode_step_s(self, batch: int, context_tokens: int) -> float:
         """One token for each of `batch` sequences, whose contexts sum to `context_tokens`."""
+        ...
+
+    def decode_steps_s(self, batch: npt.NDArray[np.int64], context_tokens: npt.NDArray[np.int64]) -> Seconds:
+        """`decode_step_s` for many instances at once; every batch is at least 1."""
         ...
 
     def transfer_s(self, num_bytes: int) -> float:

@@ -6,6 +6,8 @@ paper's break-even formula (FAST'25, section 3): prefill is bound by arithmetic,
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -54,8 +56,17 @@ class RooflineCost(Struct, frozen=True, tag=True):
         hw, shape = self.hardware, self.shape
         seconds = self._read_s(context_tokens)
         if not self.one_bound_each:
-            attention = 4.0 * shape.num_heads * shape.head_dim * shape.num_layers * context_tokens
-            seconds = max(seconds, (2.0 * shape.num_params * batch + attention) / hw.effective_flops)
+            flops = shape.linear_flops * batch + shape.attention_flops * context_tokens
+            seconds = max(seconds, flops / hw.effective_flops)
+        return hw.step_overhead_s + seconds
+
+    def decode_steps_s(self, batch: npt.NDArray[np.int64], context_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        hw, shape = self.hardware, self.shape
+        read_bytes = shape.weight_bytes + context_tokens * float(shape.kv_bytes_per_token)
+        seconds: npt.NDArray[np.float64] = np.true_divide(read_bytes, hw.effective_memory_bandwidth)
+        if not self.one_bound_each:
+            flops = shape.linear_flops * batch + shape.attention_flops * context_tokens
+            seconds = np.maximum(seconds, np.true_divide(flops, hw.effective_flops))
         return hw.step_overhead_s + seconds
 
     def transfer_s(self, num_bytes: int) -> float:

@@ -86,4 +86,5 @@ class FakeEngine:
 
 
 def _is_decode(s: SequenceSlice) -> bool:
-    return len(s.tokens) == 1 and s.start > 0
+    """A lone token after which none is drawn is a very short chunk of a prompt."""
+    return len(s.tokens) == 1 and s.start > 0 and s.sampling is not None

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvasir.core.commands import Command, FilledBlock, HandOff, NeedPages, Preempt, Publish, Release, ReturnPages, Starved, Step
+from kvasir.core.commands import (
+    Chunk,
+    Command,
+    FilledBlock,
+    HandOff,
+    NeedPages,
+    Preempt,
+    Publish,
+    Release,
+    ReturnPages,
+    Starved,
+    Step,
+)
 from kvasir.core.errors import InvariantError
-from kvasir.core.events import Cancelled, Event, InstanceLoad, PagesGranted, StepDone, Submitted, Tick
+from kvasir.core.events import Cancelled, Event, Extended, InstanceLoad, PagesGranted, StepDone, Submitted, Tick
 from kvasir.costs.model import CostModel
-from kvasir.scheduling.batcher_check import check_pages, check_queues
+from kvasir.scheduling.batcher_check import check_decodes, check_pages, check_queues, check_step
 from kvasir.scheduling.chunking import BatcherConfig
-from kvasir.scheduling.queue_order import QueueOrder, first_come
+from kvasir.scheduling.decode_set import DecodeSet
 from kvasir.scheduling.queues import Queues
-from kvasir.scheduling.sequence import Sequence, sequence_of
+from kvasir.scheduling.sequence import Sequence, rank_of, sequence_of
 from kvasir.scheduling.step_former import StepFormer, chunk_of
 
 
@@ -28,18 +41,22 @@ class Batcher:
     """Continuous batching with chunked prefill, over pages that a pool lends. `now` is in seconds and never goes back.
 
     At most one Step is outstanding; StepDone answers it, and the next Step comes in the same list when there is work.
+    What else happens meanwhile takes effect with that StepDone. So whoever repeats a step cuts it short when something happens
+    that the next pass should know: hand over the event, and StepDone at the end of the pass under way.
     At most one NeedPages is outstanding; PagesGranted answers it. After a short grant the pool is asked again at the next
     other event. When nobody can go on without a page, the youngest is preempted, so that the oldest always makes progress;
     when there is nobody left to preempt, ticks ask again, and after `starve_s` the oldest is Starved.
     """
 
-    def __init__(self, config: BatcherConfig, costs: CostModel | None = None, order: QueueOrder = first_come):
+    def __init__(self, config: BatcherConfig, costs: CostModel | None = None):
         self._config = config
-        self._order = order
-        self._queues = Queues()
+        self._decodes = DecodeSet(config.block_tokens, config.ahead_tokens)
+        self._queues = Queues(self._decodes)
         self._stash: list[int] = []
         self._former = StepFormer(config, costs, self._queues, self._stash)
-        self._flying: list[Sequence] = []
+        self._step: Step | None = None  # in flight: all of `_decodes`, and
+        self._prompts: list[Sequence] = []
+        self._leaving: list[Sequence] = []  # decodes in flight that were cancelled
         self._num_submitted = 0
         self._asked: int | None = None  # how many pages the outstanding NeedPages really needs
         self._is_short = False  # the last grant did not cover what was needed
@@ -54,6 +71,8 @@ class Batcher:
                 self._step_done(event, commands)
             case Submitted():
                 self._submitted(event, now)
+            case Extended():
+                self._extended(event)
             case PagesGranted():
                 self._pages_granted(event)
             case Cancelled():
@@ -62,25 +81,38 @@ class Batcher:
                 pass
             case _:
                 raise InvariantError(f"a Batcher takes no {type(event).__name__}")
-        was_refused = isinstance(event, PagesGranted) and self._is_short
+        was_refused = self._is_short and isinstance(event, PagesGranted)
         self._go_on(commands, now, may_ask=not was_refused)
         return commands
 
+    def decode_chunks(self) -> Iterator[Chunk]:
+        """The decoding sequences of the Step in flight, as they are in its first pass; valid until StepDone."""
+        return self._decodes.chunks()
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the pool gave fewer pages than are needed; it is asked again at the next event, a Tick at the latest."""
+        return self._is_short
+
     def load(self) -> InstanceLoad:
-        """The queues now. `free_kv_tokens` counts only the stash; the body adds what the pool has free."""
+        """The queues as of the last StepDone. `free_kv_tokens` is only the stash; the body adds what the pool has free."""
         queues = self._queues
+        idle = sum(seq.has_begun for seq in queues.idle)
         return InstanceLoad(
-            waiting=len(queues.waiting) + len(queues.ready),
-            running=len(queues.running),
-            waiting_tokens=sum(seq.remaining for seq in queues if seq.remaining > 1),
-            context_tokens=sum(seq.num_tokens for seq in queues.running),
+            waiting=len(queues.waiting) + len(queues.ready) + len(queues.idle) - idle,
+            running=queues.num_running + idle,
+            waiting_tokens=sum(seq.remaining for queue in (queues.begun, queues.waiting, queues.idle) for seq in queue),
+            context_tokens=self._decodes.context_tokens
+            + sum(seq.num_tokens for queue in (queues.paused, queues.begun, queues.idle) for seq in queue if seq.has_begun),
             free_kv_tokens=len(self._stash) * self._config.block_tokens,
         )
 
     def check(self) -> None:
         """Raises InvariantError unless every page is in exactly one place and the queues agree with each other."""
+        check_decodes(self._decodes, self._config)
         check_pages(self._queues, self._stash, self._config.block_tokens)
-        check_queues(self._queues, self._flying, self._config.max_batch)
+        check_queues(self._queues)
+        check_step(self._step, self._prompts, self._queues, self._config.max_batch)
 
     # --- events ---
 
@@ -90,50 +122,111 @@ class Batcher:
             raise InvariantError(f"{event.request_id} was submitted twice")
         if not event.num_computed < event.num_tokens < event.max_total_tokens:
             raise InvariantError(f"expected num_computed < num_tokens < max_total_tokens, got {event}")
+        if event.available is not None and not 0 <= event.available <= event.num_tokens:
+            raise InvariantError(f"expected at most num_tokens available, got {event}")
         if len(event.pages) != -(-event.num_computed // block_tokens):
             raise InvariantError(f"expected pages for exactly num_computed tokens, got {event}")
-        rank = (-event.priority, self._order(event, now), self._num_submitted)
+        rank = (-event.priority, now if event.rank is None else event.rank, self._num_submitted)
         self._num_submitted += 1
         self._queues.add(sequence_of(event, rank=rank, block_tokens=block_tokens))
 
+    def _extended(self, event: Extended) -> None:
+        seq = self._queues.get(event.request_id)
+        if seq is None:
+            return
+        if seq.available is None or not seq.available <= event.available <= seq.num_tokens:
+            raise InvariantError(f"{seq.available} tokens of {seq.num_tokens} are available, got {event}")
+        seq.available = event.available
+        self._queues.place(seq)
+
     def _step_done(self, event: StepDone, commands: list[Command]) -> None:
-        if not self._flying:
+        step = self._step
+        if step is None:
             raise InvariantError("StepDone without a step in flight")
-        flying, self._flying = self._flying, []
-        for seq in flying:
+        if not (1 if step.chunks or event.finished else 0) <= event.steps <= step.repeats:
+            raise InvariantError(f"a step of {step.repeats} passes was in flight, got {event}")
+        self._step = None
+        finished = frozenset(event.finished)
+        touched = self._decodes.advance(event.steps)
+        if finished or self._leaving:
+            touched = self._with_leavers(touched, finished)
+        touched.sort(key=rank_of)
+        for seq in touched:
+            self._decoded(seq, seq.id in finished, commands)
+        prompts, self._prompts = self._prompts, []
+        for seq in prompts:
             seq.num_computed += seq.in_flight
             seq.in_flight = 0
-            if seq.is_cancelled:
-                commands.append(Release(seq.id, self._leave(seq)))
-                continue
+            self._computed(seq, seq.id in finished, commands)
+
+    def _with_leavers(self, due: list[Sequence], finished: frozenset[str]) -> list[Sequence]:
+        """`due`, and the decodes that end before they are due."""
+        by_id = {seq.id: seq for seq in (*due, *self._leaving)}
+        for request_id in finished:
+            seq = self._queues.get(request_id)
+            if seq is not None and seq.ticket:
+                by_id[request_id] = seq
+        self._leaving = []
+        for seq in by_id.values():
+            self._decodes.settle(seq)
+        return list(by_id.values())
+
+    def _decoded(self, seq: Sequence, is_finished: bool, commands: list[Command]) -> None:
+        """Something happens to a settled member of the decodes: it is cancelled, ends, or comes to a block's boundary."""
+        if seq.is_cancelled:
+            commands.append(Release(seq.id, self._leave(seq)))
+            return
+        self._publish(seq, commands)
+        if is_finished or seq.num_computed >= seq.end:
+            self._sampled(seq, is_finished, commands)
+        elif seq.num_computed == len(seq.pages) * self._config.block_tokens:
+            self._queues.place(seq)
+        else:
+            self._decodes.schedule(seq)
+
+    def _computed(self, seq: Sequence, is_finished: bool, commands: list[Command]) -> None:
+        """A chunk of a prompt is computed."""
+        is_complete = seq.num_computed == seq.num_tokens
+        if seq.is_cancelled or (seq.is_stage and is_complete):
+            commands.append(Release(seq.id, self._leave(seq)))
+            return
+        if not seq.is_stage:
             self._publish(seq, commands)
-            if seq.num_computed == seq.num_tokens:
-                self._sampled(seq, seq.id in event.finished, commands)
+        if is_complete:
+            self._sampled(seq, is_finished, commands)
+        else:
+            self._queues.place(seq)
 
     def _publish(self, seq: Sequence, commands: list[Command]) -> None:
         num_full = seq.num_computed // self._config.block_tokens
         if num_full > seq.num_full:
-            commands.append(Publish(seq.id, tuple(FilledBlock(i, seq.pages[i]) for i in range(seq.num_full, num_full))))
+            commands.append(Publish(seq.id, tuple([FilledBlock(i, seq.pages[i]) for i in range(seq.num_full, num_full)])))
             seq.num_full = num_full
             seq.num_leased = max(seq.num_leased, num_full)
 
     def _sampled(self, seq: Sequence, is_finished: bool, commands: list[Command]) -> None:
-        if is_finished or seq.num_tokens + 1 >= seq.max_total_tokens:
+        """All tokens of the sequence are computed, and one was drawn after them."""
+        if is_finished or seq.num_computed + 1 >= seq.max_total_tokens:
             commands.append(Release(seq.id, self._leave(seq)))
         elif seq.hand_off:
-            commands.append(HandOff(seq.id, seq.private))
+            private = seq.private
             self._remove(seq)
+            commands.append(HandOff(seq.id, private))
         else:
-            seq.num_tokens += 1
+            seq.num_tokens = seq.num_computed + 1
+            seq.available, seq.share = None, 1.0
+            self._queues.place(seq)
 
     def _cancelled(self, event: Cancelled, commands: list[Command]) -> None:
         seq = self._queues.get(event.request_id)
         if seq is None:
             return
-        if seq.in_flight:  # the engine may still write its pages: release after the step
+        if not seq.in_flight and not seq.ticket:
+            commands.append(Release(seq.id, self._leave(seq)))
+        elif not seq.is_cancelled:  # the engine may still write its pages: release after the step
             seq.is_cancelled = True
-            return
-        commands.append(Release(seq.id, self._leave(seq)))
+            if seq.ticket:
+                self._leaving.append(seq)
 
     def _pages_granted(self, event: PagesGranted) -> None:
         self._is_short = len(event.pages) < (self._asked or 0)
@@ -143,14 +236,16 @@ class Batcher:
     # --- what follows ---
 
     def _go_on(self, commands: list[Command], now: float, *, may_ask: bool) -> None:
-        if not self._flying and len(self._queues):
+        if self._step is None and len(self._queues):
+            if self._is_short and self._asked is None and self._former.pages_wanted() <= 0:  # who left has left enough
+                self._end_shortage()
             self._form()
-            if not self._flying and self._is_short and self._asked is None and self._make_room(commands, now):
+            if self._step is None and self._is_short and self._asked is None and self._make_room(commands, now):
                 may_ask = True
                 self._form()
-            if self._flying:
+            if self._step is not None:
                 self._starving = None
-                commands.append(Step(tuple(chunk_of(seq) for seq in self._flying)))
+                commands.append(self._step)
         if self._asked is None and may_ask:
             self._ask(commands)
         excess = len(self._stash) - self._config.stash_pages
@@ -159,24 +254,39 @@ class Batcher:
             del self._stash[-excess:]
 
     def _form(self) -> None:
-        self._flying = self._former.form(is_short=self._is_short, is_held=self._is_held)
+        self._prompts = self._former.form(is_short=self._is_short, is_held=self._is_held)
+        decodes = self._decodes
+        if self._prompts:
+            chunks = tuple([chunk_of(seq) for seq in self._prompts])
+            self._step = Step(chunks, len(decodes), decodes.context_tokens)
+        elif len(decodes):
+            most = 1 if self._former.puts_off else self._config.max_repeats
+            repeats = min(most, decodes.passes_until_due()) if most > 1 else 1
+            self._step = Step((), len(decodes), decodes.context_tokens, repeats)
 
     def _ask(self, commands: list[Command]) -> None:
         wanted = self._former.pages_wanted()
         if wanted <= 0:
-            self._is_short = False
+            self._end_shortage()
             return
         self._asked = wanted
         commands.append(NeedPages(wanted + self._config.stash_pages // 2))
 
+    def _end_shortage(self) -> None:
+        self._is_short = False
+        self._starving = None
+
     def _make_room(self, commands: list[Command], now: float) -> bool:
-        """Preempt the youngest page holder but the oldest sequence, once per shortage; or give the oldest up."""
+        """Preempt the youngest page holder but the oldest sequence, once per shortage; or give the oldest up.
+
+        Somebody lacks a page: who waits for the pipeline's stage before wants none.
+        """
         if self._starving is None:
             self._starving = _Starving(now, before=self._num_submitted)
         oldest = self._queues.oldest
         victims = [seq for seq in self._queues if seq is not oldest and seq.pages and seq.order < self._starving.before]
         if victims:
-            youngest = max(victims, key=lambda seq: seq.rank)
+            youngest = max(victims, key=rank_of)
             commands.append(Preempt(youngest.id, self._leave(youngest)))
             self._is_held = True
             return True

@@ -2,90 +2,148 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from bisect import bisect_left, bisect_right, insort
+from operator import attrgetter
+
+from msgspec import Struct
 
 from kvasir.core.errors import InvariantError
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class Entry(Struct, frozen=True):
+    """A prefill sent: predicted seconds, new tokens, its place in the queue (`rank`, ties by `number`), when it is due."""
+
+    request_id: str
     seconds: float
     tokens: int
     sent_s: float
+    rank: float
+    number: int
+    due_s: float
+
+
+_place = attrgetter("rank", "number")
+_rank = attrgetter("rank")
 
 
 class PrefillBook:
-    """Predictions of the prefills sent to one instance and not yet done, in the order sent.
+    """Predictions of the prefills sent to one instance and not yet done, in the order in which it will take them.
 
-    `_done_s` of the pending seconds were worked off as of `_as_of_s`; since then the instance works in real time, but
-    never past the predicted end of its first prefill, which is still not done.
+    `_done_s` of the pending seconds were worked off as of `_as_of_s`; since then the instance works at `_pace` seconds
+    a second (below 1 where it decodes beside), but never past the predicted end of its first prefill, which is not done.
     """
 
-    __slots__ = ("_as_of_s", "_done_s", "_entries", "_pending_s")
+    __slots__ = ("_as_of_s", "_by_id", "_done_s", "_number", "_order", "_pace", "pending_s", "tokens")
 
     def __init__(self) -> None:
-        self._entries: dict[str, _Entry] = {}
-        self._pending_s = 0.0
+        self._by_id: dict[str, Entry] = {}
+        self._order: list[Entry] = []
+        self._number = 0
         self._done_s = 0.0
         self._as_of_s = 0.0
+        self._pace = 1.0
+        self.pending_s = 0.0
+        self.tokens = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._order)
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self._entries
+        return request_id in self._by_id
 
-    def wait_s(self, now: float) -> float:
-        """Seconds until all that was sent will be done."""
-        if not self._entries:
+    @property
+    def columns(self) -> tuple[float, float, float, float, float]:
+        """pending, done as of, as of, the most that can be done by now, pace: see `wait_s`, which computes with them."""
+        return self.pending_s, self._done_s, self._as_of_s, self._most_s, self._pace
+
+    def wait_s(self, now: float, rank: float = math.inf) -> float:
+        """Seconds until all that goes before `rank` will be done; by default, all that was sent."""
+        if not self._order:
             return 0.0
-        return self._pending_s - self._worked_s(now)
+        before_s = self.pending_s
+        if rank < self._order[-1].rank:
+            before_s = sum(entry.seconds for entry in self._order[: bisect_right(self._order, rank, key=_rank)])
+        return max(0.0, before_s - self._worked_s(now)) / self._pace
 
-    def sent(self, request_id: str, *, seconds: float, tokens: int, now: float) -> None:
-        """A prefill of `tokens` new tokens, predicted to take `seconds`."""
-        if not self._entries:
+    def spare_s(self, now: float, rank: float) -> float:
+        """By how many seconds of work all that comes after `rank` can be put off and still be done when due.
+
+        What will be late in any case has nothing to lose.
+        """
+        spare_s = math.inf
+        until_s = -self._worked_s(now)
+        for entry in self._order:
+            until_s += entry.seconds
+            if entry.rank > rank and (left_s := (entry.due_s - now) * self._pace - until_s) >= 0.0:
+                spare_s = min(spare_s, left_s)
+        return spare_s
+
+    def sent(
+        self, request_id: str, *, seconds: float, tokens: int, now: float, rank: float | None = None, due_s: float = math.inf
+    ) -> None:
+        """A prefill of `tokens` new tokens, predicted to take `seconds`; by default it goes last (rank: now)."""
+        if not self._order:
             self._done_s, self._as_of_s = 0.0, now
-        self._entries[request_id] = _Entry(seconds, tokens, now)
-        self._pending_s += seconds
+        self._number += 1
+        entry = Entry(request_id, seconds, tokens, now, now if rank is None else rank, self._number, due_s)
+        self._by_id[request_id] = entry
+        insort(self._order, entry, key=_place)
+        self.pending_s += seconds
+        self.tokens += tokens
 
     def left(self, request_id: str, now: float) -> None:
         """The prefill is done, or will never be; unknown ids are ignored."""
-        entry = self._entries.get(request_id)
+        entry = self._by_id.pop(request_id, None)
         if entry is None:
             return
         worked_s = self._worked_s(now)
-        is_first = next(iter(self._entries)) == request_id
-        del self._entries[request_id]
-        self._pending_s = self._pending_s - entry.seconds if self._entries else 0.0
-        self._done_s = 0.0 if is_first else min(worked_s, self._pending_s)
+        index = bisect_left(self._order, _place(entry), key=_place)
+        del self._order[index]
+        self.tokens -= entry.tokens
+        self.pending_s = self.pending_s - entry.seconds if self._order else 0.0
+        self._done_s = max(0.0, worked_s - entry.seconds) if index == 0 else min(worked_s, self.pending_s)
         self._as_of_s = now
+
+    def at_pace(self, pace: float, now: float) -> None:
+        """From now on the instance does `pace` seconds of prefill in a second; above 0."""
+        if pace != self._pace:
+            self._done_s, self._as_of_s, self._pace = self._worked_s(now), now, pace
 
     def reported(self, waiting_tokens: int, *, sent_before_s: float, now: float) -> None:
         """The instance says how many tokens it has not computed; what was sent later it may not have seen."""
-        seen = [entry for entry in self._entries.values() if entry.sent_s <= sent_before_s]
-        tokens = sum(entry.tokens for entry in seen)
-        if not tokens:
+        seen_tokens, seen_s = 0, 0.0
+        for entry in self._order:
+            if entry.sent_s <= sent_before_s:
+                seen_tokens += entry.tokens
+                seen_s += entry.seconds
+        if not seen_tokens:
             return
-        share_left = min(1.0, waiting_tokens / tokens)
-        self._done_s = (1.0 - share_left) * sum(entry.seconds for entry in seen)
+        share_left = min(1.0, waiting_tokens / seen_tokens)
+        self._done_s = (1.0 - share_left) * seen_s
         self._as_of_s = now
 
     def expire(self, *, sent_before_s: float, now: float) -> list[str]:
         """Drop predictions so old that they say nothing any more; their requests live on. Returns their ids."""
-        old = [request_id for request_id, entry in self._entries.items() if entry.sent_s + entry.seconds < sent_before_s]
+        old = [entry.request_id for entry in self._order if entry.sent_s + entry.seconds < sent_before_s]
         for request_id in old:
             self.left(request_id, now)
         return old
 
     def check(self) -> None:
-        """Raises InvariantError unless the sums add up."""
-        pending_s = sum(entry.seconds for entry in self._entries.values())
-        if abs(pending_s - self._pending_s) > 1e-6 * max(1.0, pending_s):
-            raise InvariantError(f"pending seconds: booked {self._pending_s}, entries sum to {pending_s}")
+        """Raises InvariantError unless the sums add up and the order is one."""
+        pending_s = sum(entry.seconds for entry in self._order)
+        if abs(pending_s - self.pending_s) > 1e-6 * max(1.0, pending_s):
+            raise InvariantError(f"pending seconds: booked {self.pending_s}, entries sum to {pending_s}")
+        if self.tokens != sum(entry.tokens for entry in self._order):
+            raise InvariantError(f"pending tokens: booked {self.tokens}, entries disagree")
+        if sorted(self._order, key=_place) != self._order or {e.request_id for e in self._order} != self._by_id.keys():
+            raise InvariantError("entries are out of order or not indexed")
+
+    @property
+    def _most_s(self) -> float:
+        """What can be worked off before the first prefill is reported done."""
+        return min(self.pending_s, max(self._order[0].seconds, self._done_s)) if self._order else 0.0
 
     def _worked_s(self, now: float) -> float:
-        if not self._entries:
-            return 0.0
-        first_s = next(iter(self._entries.values())).seconds
-        most_s = max(first_s, self._done_s)
-        return min(self._done_s + max(0.0, now - self._as_of_s), most_s, self._pending_s)
+        return min(self._done_s + max(0.0, now - self._as_of_s) * self._pace, self._most_s)

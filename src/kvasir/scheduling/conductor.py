@@ -6,18 +6,23 @@ from collections import Counter
 from collections.abc import Callable
 from random import Random
 
+from msgspec import structs
+
 from kvasir.core import events as ev
-from kvasir.core.commands import Cancel, Command, Decision, Decode, Fail, Prefill, Reject, Resync
+from kvasir.core.commands import Cancel, Command, Decision, Decode, Fail, Prefill, Reject, Replicate, Resync, SetRole
 from kvasir.core.errors import InvariantError
-from kvasir.core.request import Request
+from kvasir.core.request import Request, Slo
 from kvasir.costs.model import CostModel
 from kvasir.pool.directory import BlockDirectory
-from kvasir.scheduling.admission import Admission, Off, Refusal
+from kvasir.report.slo import ScaledSlo
+from kvasir.scheduling.admission import Refusal
 from kvasir.scheduling.cores import CoreSharing
-from kvasir.scheduling.fleet import Fleet, Instance
+from kvasir.scheduling.decode_choice import DecodeChoice
+from kvasir.scheduling.fleet import Fleet, Instance, Seat
 from kvasir.scheduling.placed import Homeless, Placed, State
-from kvasir.scheduling.placer import ConductorConfig, Placer, Proposal
-from kvasir.scheduling.policies.interface import Placement
+from kvasir.scheduling.placer import ConductorConfig, Placer, Proposal, Rules
+from kvasir.scheduling.replication import Replication
+from kvasir.scheduling.roles import Roles
 
 RequestEvent = ev.PrefillDone | ev.Finished | ev.Aborted | ev.Failed
 
@@ -30,14 +35,22 @@ class Conductor:
     """
 
     def __init__(
-        self, config: ConductorConfig, costs: CostModel, *, policy: Placement, rng: Random, admission: Admission | None = None
+        self,
+        config: ConductorConfig,
+        costs: CostModel,
+        *,
+        rules: Rules,
+        slo: Slo | ScaledSlo,
+        rng: Random,
+        roles: Roles | None = None,
+        replication: Replication | None = None,
     ):
         self._config = config
-        self._fleet = Fleet()
+        self._roles = roles
+        self._replication = replication
+        self._fleet = Fleet(costs, config.mixed_step_s)
         self._directory = BlockDirectory()
-        self._placer = Placer(
-            config, costs, policy=policy, admission=admission or Off(), rng=rng, fleet=self._fleet, directory=self._directory
-        )
+        self._placer = Placer(config, costs, rules=rules, slo=slo, rng=rng, fleet=self._fleet, directory=self._directory)
         self._requests: dict[str, Placed] = {}
         self._homeless: dict[str, Homeless] = {}
         self._cores = CoreSharing() if config.shares_cores else None
@@ -53,18 +66,18 @@ class Conductor:
 
     def _handle(self, event: ev.Event, now: float) -> list[Command]:
         match event:
+            case ev.Heartbeat():  # the most frequent first
+                self._heartbeat(event, now)
+            case ev.BlocksStored():
+                return self._synced(event.node, self._directory.stored(event.node, event.seq, event.keys, event.tier))
+            case ev.BlocksRemoved():
+                return self._synced(event.node, self._directory.removed(event.node, event.seq, event.keys, event.tier))
             case ev.Arrived():
                 return self._arrived(event.request, now)
             case ev.PrefillDone() | ev.Finished() | ev.Aborted() | ev.Failed():
                 return self._request_event(event, now)
-            case ev.Heartbeat():
-                self._heartbeat(event, now)
-            case ev.BlocksStored():
-                return self._synced(event.node, self._directory.stored(event.node, event.seq, event.keys))
-            case ev.BlocksRemoved():
-                return self._synced(event.node, self._directory.removed(event.node, event.seq, event.keys))
             case ev.Inventory():
-                self._directory.inventory(event.node, event.seq, event.keys)
+                self._directory.inventory(event.node, event.seq, event.keys, event.ssd_keys)
             case ev.NodeLost():
                 self._directory.drop(event.node)
             case ev.InstanceJoined():
@@ -116,7 +129,7 @@ class Conductor:
             seated = {request_id for request_id, placed in self._requests.items() if placed.decode == instance.info.id}
             if seated != set(instance.seats):
                 raise InvariantError(f"{instance.info.id}: seats {sorted(instance.seats)}, decode there {sorted(seated)}")
-        lost = sorted({placed.holder for placed in self._requests.values() if placed.holder not in self._fleet})
+        lost = sorted({name for placed in self._requests.values() for name in placed.holders if name not in self._fleet})
         if lost:
             raise InvariantError(f"requests are held by instances that are gone: {lost}")
         if self._homeless and self._fleet.missing_role is None:
@@ -136,9 +149,21 @@ class Conductor:
         if refusal is not None:
             return [self._reject(request, refusal, self._placer.refused(request, refusal, now))]
         proposal = self._placer.propose(request, now)
+        commands: list[Command] = []
         if proposal.refusal is not None:
-            return [self._reject(request, proposal.refusal, proposal.decision)]
-        return [self._start(request, proposal, now)]
+            commands.append(self._reject(request, proposal.refusal, proposal.decision))
+        else:
+            commands += self._start(request, proposal, now), *self._replicate(request, proposal, now)
+        if not proposal.decode.fits:
+            commands += self._review(now)
+        return commands
+
+    def _replicate(self, request: Request, proposal: Proposal, now: float) -> list[Replicate]:
+        if self._replication is None:
+            return []
+        candidate = proposal.choice.chosen
+        prefix = request.keys[: candidate.prefix_tokens // self._config.block_tokens]
+        return self._replication.placed(prefix, candidate, self._fleet, self._directory, now)
 
     def _request_event(self, event: RequestEvent, now: float) -> list[Command]:
         placed = self._requests.get(event.request_id)
@@ -148,7 +173,7 @@ class Conductor:
             outcome = "aborted" if isinstance(event, ev.Aborted) else "finished"
             self.counters[outcome if is_homeless else "late_events"] += 1
             return []
-        is_stale = not isinstance(event, ev.Aborted) and event.instance != placed.holder
+        is_stale = not isinstance(event, ev.Aborted) and event.instance not in placed.holders
         handler = None if is_stale else _TABLE[placed.state, type(event)]
         if handler is None:
             self.counters["stale_events"] += 1
@@ -159,15 +184,30 @@ class Conductor:
         request = placed.request
         if placed.decode is None and self._fleet.missing_role == "decode":
             return [Cancel(request.id, placed.prefill), *self._place_again(placed, "there was nobody to decode", now)]
+        choice = self._placer.decode_only(request, now, placed.failed_on) if placed.decode is None else None
+        if (refusal := self._refused_late(placed, choice, now)) is not None:
+            return refusal
         self._prefill_over(placed, now)
-        decode = placed.decode
-        if decode is None:
-            decode = self._placer.decode_only(request, now, placed.failed_on)
-            self._sit(placed, decode)
+        if choice is not None:
+            self._sit(placed, choice, now, now)
+        decode = placed.decoder
+        self._fleet.take_seat(decode, request.id, now)
         placed.state = State.DECODING
         return [Decode(request.id, decode, placed.prefill)] if placed.hands_off else []
 
+    def _refused_late(self, placed: Placed, choice: DecodeChoice | None, now: float) -> list[Command] | None:
+        """The rejection of a request whose prefill is spent, by rules that look at decode load only now."""
+        request = placed.request
+        refusal = self._placer.refuse_hand_off(request, choice, placed.decoder if choice is None else choice.instance)
+        if refusal is None:
+            return None
+        self._forget(placed, now)
+        self.counters["rejected_after_prefill"] += 1
+        return [Cancel(request.id, placed.prefill), self._reject(request, refusal, self._placer.refused(request, refusal, now))]
+
     def _finished(self, placed: Placed, event: RequestEvent, now: float) -> list[Command]:
+        assert isinstance(event, ev.Finished)
+        self._placer.learn(event.output_tokens, self._fleet.seated_s(placed.decode, placed.request.id, now))
         self._forget(placed, now)
         self.counters["finished"] += 1
         return []
@@ -175,12 +215,13 @@ class Conductor:
     def _aborted(self, placed: Placed, event: RequestEvent, now: float) -> list[Command]:
         self._forget(placed, now)
         self.counters["aborted"] += 1
-        return [Cancel(placed.request.id, placed.holder)]
+        return [Cancel(placed.request.id, name) for name in placed.holders]
 
     def _failed(self, placed: Placed, event: RequestEvent, now: float) -> list[Command]:
         assert isinstance(event, ev.Failed)
         placed.failed_on |= {event.instance}
-        return self._place_again(placed, f"{event.instance}: {event.error}", now)
+        stops = [Cancel(placed.request.id, name) for name in placed.holders if name != event.instance]
+        return [*stops, *self._place_again(placed, f"{event.instance}: {event.error}", now)]
 
     def _place_again(self, placed: Placed, why: str, now: float) -> list[Command]:
         """The request was admitted and its stream may have begun, so it is not rejected any more; it may have to wait."""
@@ -222,6 +263,7 @@ class Conductor:
             request=request,
             state=State.PREFILLING,
             prefill=chosen.instance,
+            group=chosen.group,
             decode=None,
             hands_off=chosen.instance != decode,
             attempts=before.attempts + 1 if before else 1,
@@ -229,25 +271,36 @@ class Conductor:
         )
         self._requests[request.id] = placed
         self._num_prefilling += 1
-        self._fleet.sent(request.id, chosen, new_tokens=request.num_prompt_tokens - chosen.prefix_tokens, now=now)
-        self._sit(placed, decode)
-        return Prefill(request.id, chosen.instance, decode, chosen, proposal.decision)
+        for name in placed.members:
+            self._fleet.sent(
+                name,
+                request.id,
+                seconds=proposal.work_s,
+                tokens=request.num_prompt_tokens - chosen.prefix_tokens,
+                now=now,
+                rank=proposal.rank,
+                due_s=proposal.due_s,
+            )
+        self._sit(placed, proposal.decode, now + chosen.ttft_s, now)
+        return Prefill(request.id, chosen.instance, decode, chosen, proposal.decision, proposal.rank)
 
-    def _sit(self, placed: Placed, decode: str) -> None:
+    def _sit(self, placed: Placed, decode: DecodeChoice, joins_s: float, now: float) -> None:
         request, placer = placed.request, self._placer
-        placed.decode = decode
-        self._fleet.sit(decode, request.id, context_tokens=placer.context_tokens(request), kv_tokens=placer.kv_tokens(request))
+        placed.decode = decode.instance
+        seat = Seat(placer.context_tokens(request), placer.kv_tokens(request), joins_s, placer.stays_s)
+        self._fleet.sit(decode.instance, request.id, seat, now)
 
     def _prefill_over(self, placed: Placed, now: float) -> None:
         self._num_prefilling -= 1
-        self._fleet.done(placed.prefill, placed.request.id, now)
+        for name in placed.members:
+            self._fleet.done(name, placed.request.id, now)
 
     def _forget(self, placed: Placed, now: float) -> None:
         """Take back all that was booked for the request."""
         if placed.state is State.PREFILLING:
             self._prefill_over(placed, now)
         if placed.decode is not None:
-            self._fleet.leave(placed.decode, placed.request.id)
+            self._fleet.leave(placed.decode, placed.request.id, now)
         del self._requests[placed.request.id]
 
     def _reject(self, request: Request, refusal: Refusal, decision: Decision) -> Reject:
@@ -280,34 +333,43 @@ class Conductor:
 
     def _replace_instance(self, instance: str, successor: ev.InstanceInfo | None, why: str, now: float) -> list[Command]:
         """Place again what the instance held; what was only to decode there gets another seat when its prefill is done."""
-        touched = [placed for placed in self._requests.values() if instance in (placed.prefill, placed.decode)]
-        held = [placed for placed in touched if placed.holder == instance]
-        for placed in touched:
+        held = [placed for placed in self._requests.values() if instance in placed.holders]
+        for placed in self._requests.values():
             if placed.decode == instance and placed.state is State.PREFILLING:
                 placed.decode = None
-        self._fleet.lose(instance)
+        self._fleet.lose(instance, now)
         if successor is not None:
             self._fleet.join(successor)
+        stops = [Cancel(placed.request.id, name) for placed in held for name in placed.holders if name != instance]
         again = [command for placed in held for command in self._place_again(placed, why, now)]
-        return again + self._house(now)
+        return [*stops, *again, *self._house(now), *self._review(now)]
 
     def _heartbeat(self, event: ev.Heartbeat, now: float) -> None:
         known = self._fleet.get(event.instance)
         if known is None or known.info.epoch != event.epoch:
             self.counters["stale_events"] += 1
             return
-        known.load = event.load
-        known.heartbeat_s = now
-        known.book.reported(event.load.waiting_tokens, sent_before_s=now - self._config.settle_s, now=now)
+        self._fleet.reported(event.instance, event.load, settle_s=self._config.settle_s, now=now)
 
     def _synced(self, node: str, is_new_gap: bool) -> list[Command]:
         return [Resync(node)] if is_new_gap else []
 
     def _tick(self, now: float) -> list[Command]:
-        for instance in self._fleet.instances:
-            expired = instance.book.expire(sent_before_s=now - self._config.prediction_ttl_s, now=now)
-            self.counters["expired_predictions"] += len(expired)
-        return [*self._give_up(now), *(Resync(node) for node in self._directory.stale_nodes)]
+        expired = self._fleet.expire(sent_before_s=now - self._config.prediction_ttl_s, now=now)
+        self.counters["expired_predictions"] += expired
+        return [*self._give_up(now), *(Resync(node) for node in self._directory.stale_nodes), *self._review(now)]
+
+    def _review(self, now: float) -> list[SetRole]:
+        """Let roles follow the load. A change counts at once; the body confirms it by introducing the instance again."""
+        if self._roles is None:
+            return []
+        changes = self._roles.review(self._fleet, now)
+        for change in changes:
+            known = self._fleet.get(change.instance)
+            assert known is not None, "only living instances change their role"
+            self._fleet.update(structs.replace(known.info, role=change.role))
+        self.counters["role_changes"] += len(changes)
+        return changes
 
 
 _Handler = Callable[[Conductor, Placed, RequestEvent, float], list[Command]]

@@ -22,7 +22,7 @@ class CoreSharing:
     def commands(self, instances: Iterable[Instance]) -> list[ShareCores]:
         living = list(instances)
         busy = {i.info.node for i in living if i.info.role is Role.PREFILL and len(i.book)}
-        wanted = {(i.info.id, i.info.epoch): i.info.node in busy for i in living if i.info.role is Role.DECODE}
+        wanted = {(i.info.id, i.info.epoch): i.info.role is Role.DECODE and i.info.node in busy for i in living}
         news = [ShareCores(key[0], want) for key, want in wanted.items() if want != self._told.get(key, False)]
         self._told = wanted
         return news

@@ -1,10 +1,15 @@
-"""Where a request will decode: least predicted TBT among the instances that can hold it."""
+"""Where a request will decode: one rule per function, one row per rule in the table."""
 
 from __future__ import annotations
 
-from msgspec import Struct
+from collections.abc import Callable
 
-from kvasir.scheduling.view import ClusterView, DecodeView
+import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
+
+from kvasir.core.commands import Candidate
+from kvasir.scheduling.view import ClusterView, DecodeColumns, Floats
 
 
 class DecodeChoice(Struct, frozen=True):
@@ -21,20 +26,117 @@ class DecodeChoice(Struct, frozen=True):
     ahead: int
 
 
-def choose_decode(view: ClusterView, *, prefill: str | None, kv_tokens: int) -> DecodeChoice:
-    """`kv_tokens` is what the request will come to hold. `view.decodes` is not empty.
+DecodeRule = Callable[[ClusterView, Candidate | None, int], DecodeChoice]
+"""(view, its prefill or None when that is done, KV tokens that it will come to hold); `view.decodes` is not empty."""
 
-    A mixed instance that prefilled keeps the request if it can, since no KV needs to move.
+
+def least_tbt(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
+    """Least predicted TBT among those with room. A mixed instance that prefilled keeps the request if it can: no KV moves."""
+    own = _row_of(view.decodes, prefill)
+    if own is not None and (choice := _choice(view, own, kv_tokens)).fits:
+        return choice
+    decodes = view.decodes
+    tbt_s = view.costs.decode_steps_s(decodes.batch + 1, decodes.context_tokens + view.num_prompt_tokens)
+    fits = (decodes.batch < decodes.max_batch) & (kv_tokens <= decodes.free_kv_tokens)
+    return _choice(view, int(np.where(fits, tbt_s, tbt_s + 1e6).argmin()), kv_tokens)
+
+
+def least_expected_tbt(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
+    """Ours: as `least-tbt`, on the batches expected when the prefill will be done."""
+    if prefill is not None:
+        view = replace(view, decodes=view.decodes.expected(prefill.ttft_s))
+    return least_tbt(view, prefill, kv_tokens)
+
+
+def fewest_requests(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
+    """The smallest batch, whatever its contexts (least outstanding requests, what most routers do)."""
+    return _choice(view, int(np.argmin(view.decodes.batch)), kv_tokens)
+
+
+def stay(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
+    """Where it prefilled: co-located serving."""
+    own = _row_of(view.decodes, prefill)
+    return least_tbt(view, prefill, kv_tokens) if own is None else _choice(view, own, kv_tokens)
+
+
+def fewest_tokens(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
+    """The least KV to read (Dynamo's decode router, which counts active blocks and nothing else)."""
+    return _choice(view, int(np.argmin(view.decodes.context_tokens)), kv_tokens)
+
+
+def llm_d(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
+    """llm-d's scorers without the prefix: 2 * shortness of the waiting queue + 2 * free share of KV memory.
+
+    Those wait who are more than `max_batch`.
     """
-    choices = [_choice(view, decode, kv_tokens) for decode in view.decodes]
-    for choice in choices:
-        if choice.instance == prefill and choice.fits:
-            return choice
-    return min(choices, key=lambda c: (not c.fits, c.tbt_s, c.instance))
+    waiting = np.maximum(0, view.decodes.batch - view.decodes.max_batch)
+    span = max(1, int(np.ptp(waiting)))  # equal queues then differ by 0, which is all that counts
+    scores = 2.0 * (waiting.max() - waiting) / span + 2.0 * _free_share(view.decodes)
+    return _choice(view, int(np.argmax(scores)), kv_tokens)
 
 
-def _choice(view: ClusterView, decode: DecodeView, kv_tokens: int) -> DecodeChoice:
-    batch, context = decode.batch + 1, decode.context_tokens + view.num_prompt_tokens
-    fits = batch <= decode.max_batch and kv_tokens <= decode.free_kv_tokens
-    ahead = 0 if fits else max(1, batch - decode.max_batch)
-    return DecodeChoice(decode.id, view.costs.decode_step_s(batch, context), batch, context, fits, ahead)
+def aibrix(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
+    """AIBrix: the fewest requests if they differ by 16 or more, else least `(requests + 1 - throughput) / free KV`.
+
+    Each is divided by its maximum. Throughput, which AIBrix measures, is predicted; its shortcuts for uneven throughput,
+    whose thresholds are in tokens a second of certain hardware, are left out.
+    """
+    batch = view.decodes.batch
+    if np.ptp(batch) >= 16:
+        return fewest_requests(view, prefill, kv_tokens)
+    throughput = _tokens_per_s(view)
+    free = np.maximum(0.001, _free_share(view.decodes))
+    load = batch / max(1, batch.max()) + 1.0 - throughput / max(1.0, throughput.max())
+    return _choice(view, int(np.argmin(load / (free / free.max()))), kv_tokens)
+
+
+def aibrix_conductor(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
+    """AIBrix's conductor: least `1000 / throughput * (1 + 1 / requests)`, half as much again above 90 % of KV memory.
+
+    1000 / throughput, 20 where nothing decodes, is called the TBT in ms there, though throughput is the whole batch's.
+    """
+    throughput = _tokens_per_s(view)
+    tbt_ms = np.where(throughput > 0.0, 1000.0 / np.maximum(1e-9, throughput), 20.0)
+    tbt_ms *= 1.0 + 1.0 / np.maximum(1, view.decodes.batch)
+    tbt_ms[_free_share(view.decodes) < 0.1] *= 1.5
+    return _choice(view, int(np.argmin(tbt_ms)), kv_tokens)
+
+
+DECODE_RULES: dict[str, DecodeRule] = {
+    "least-tbt": least_tbt,
+    "least-expected-tbt": least_expected_tbt,
+    "fewest-requests": fewest_requests,
+    "stay": stay,
+    "fewest-tokens": fewest_tokens,
+    "llm-d": llm_d,
+    "aibrix": aibrix,
+    "aibrix-conductor": aibrix_conductor,
+}
+"""Name on the command line → rule."""
+
+
+def _free_share(decodes: DecodeColumns) -> Floats:
+    """Share of KV memory that is free, 0 to 1; the view says what is free and what contexts take."""
+    free = np.maximum(0, decodes.free_kv_tokens)
+    return np.true_divide(free, np.maximum(1, free + decodes.context_tokens))
+
+
+def _tokens_per_s(view: ClusterView) -> Floats:
+    """Predicted throughput of each decode batch."""
+    decodes = view.decodes
+    return decodes.batch / view.costs.decode_steps_s(np.maximum(1, decodes.batch), decodes.context_tokens)
+
+
+def _row_of(decodes: DecodeColumns, prefill: Candidate | None) -> int | None:
+    if prefill is None or prefill.instance not in decodes.ids:
+        return None
+    return decodes.ids.index(prefill.instance)
+
+
+def _choice(view: ClusterView, row: int, kv_tokens: int) -> DecodeChoice:
+    decodes = view.decodes
+    batch, max_batch = int(decodes.batch[row]) + 1, int(decodes.max_batch[row])
+    context = int(decodes.context_tokens[row]) + view.num_prompt_tokens
+    fits = batch <= max_batch and kv_tokens <= int(decodes.free_kv_tokens[row])
+    ahead = 0 if fits else max(1, batch - max_batch)
+    return DecodeChoice(decodes.ids[row], view.costs.decode_step_s(batch, context), batch, context, fits, ahead)

@@ -2,24 +2,52 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from kvasir.core.commands import Candidate
+import numpy as np
+from msgspec import structs
+
 from kvasir.core.errors import InvariantError
 from kvasir.core.events import InstanceInfo, InstanceLoad
-from kvasir.pool.directory import PrefixMatch
+from kvasir.core.request import Role
+from kvasir.costs.model import CostModel
+from kvasir.pool.match import PrefixMatch, Runs
+from kvasir.scheduling.admission import Outlook
 from kvasir.scheduling.book import PrefillBook
-from kvasir.scheduling.view import DecodeView, PrefillView
+from kvasir.scheduling.view import Bools, DecodeColumns, Floats, Ints, PrefillColumns
+
+LEAST_PACE = 0.02
+"""An instance whose decode steps leave no slack still prefills a little: a prediction must stay finite."""
 
 
-class _Seat:
-    """A place in a decode batch: context that will be read each step, KV that will be held."""
+@dataclass(slots=True)
+class Seat:
+    """A place in a decode batch: context that will be read each step, KV that will be held, and from when to when.
 
-    __slots__ = ("context_tokens", "kv_tokens")
+    `is_taken`: the request decodes; until then `joins_s` is when its prefill is predicted to be done.
+    """
 
-    def __init__(self, context_tokens: int, kv_tokens: int):
-        self.context_tokens = context_tokens
-        self.kv_tokens = kv_tokens
+    context_tokens: int
+    kv_tokens: int
+    joins_s: float
+    stays_s: float
+    is_taken: bool = False
+
+
+@dataclass(slots=True)
+class Taken:
+    """Those of an instance's seats whose requests decode now."""
+
+    batch: int = 0
+    context_tokens: int = 0
+    kv_tokens: int = 0
+
+    def add(self, seat: Seat, sign: int = 1) -> None:
+        self.batch += sign
+        self.context_tokens += sign * seat.context_tokens
+        self.kv_tokens += sign * seat.kv_tokens
 
 
 @dataclass(slots=True)
@@ -27,45 +55,69 @@ class Instance:
     """One instance: its own account in `load`, the conductor's in `book` (prefills) and `seats` (decodes)."""
 
     info: InstanceInfo
+    row: int = 0
     load: InstanceLoad = field(default_factory=InstanceLoad)
     heartbeat_s: float | None = None
     book: PrefillBook = field(default_factory=PrefillBook)
-    seats: dict[str, _Seat] = field(default_factory=dict)
+    seats: dict[str, Seat] = field(default_factory=dict)
     context_tokens: int = 0
+    kv_tokens: int = 0
+    taken: Taken = field(default_factory=Taken)
 
 
 class Fleet:
-    """All living instances, in order of their ids; KV is reserved per node, whose arena its instances share."""
+    """All living instances, in order of their ids; KV is reserved per node, whose arena its instances share.
 
-    __slots__ = ("_by_id", "_decoders", "_prefillers", "_reserved")
+    What placement reads of every instance is kept in columns, one row an instance, so that a decision among a thousand is
+    a few array operations. With `mixed_step_s`, the longest step that an instance may take while it decodes, prefill on it
+    is predicted to run in what decode leaves of that.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, costs: CostModel, mixed_step_s: float | None = None) -> None:
+        self._costs = costs
+        self._token_s = costs.prefill_s(1, 0)
+        self._mixed_step_s = mixed_step_s
         self._by_id: dict[str, Instance] = {}
-        self._prefillers: list[Instance] = []
-        self._decoders: list[Instance] = []
+        self._rows: list[Instance] = []
         self._reserved: dict[str, int] = {}
+        self._latest_rank = -math.inf
+        self.decode_share = 1.0
+        """Of the time between arrival and end, the share that an answer takes; the Placer learns it, and how long that is."""
+        self.stays_s = math.inf
+        self._index()
 
     def __contains__(self, instance: str) -> bool:
         return instance in self._by_id
+
+    def __getitem__(self, instance: str) -> Instance:
+        return self._by_id[instance]
 
     def get(self, instance: str | None) -> Instance | None:
         return self._by_id.get(instance) if instance is not None else None
 
     @property
     def instances(self) -> tuple[Instance, ...]:
-        return tuple(self._by_id.values())
+        return tuple(self._rows)
+
+    @property
+    def prefillers(self) -> list[Instance]:
+        return [self._rows[row] for row in self._prefill_rows.tolist()]
+
+    @property
+    def decoders(self) -> list[Instance]:
+        return [self._rows[row] for row in self._decode_rows.tolist()]
 
     @property
     def missing_role(self) -> str | None:
         """`prefill` or `decode` when no instance can do that, None when requests can be served."""
-        if not self._prefillers:
+        if not len(self._prefill_rows):
             return "prefill"
-        return None if self._decoders else "decode"
+        return None if len(self._decode_rows) else "decode"
 
     @property
     def max_kv_tokens(self) -> int:
         """The longest sequence that any decoding instance can hold."""
-        return max((d.info.kv_tokens for d in self._decoders), default=0)
+        return max((d.info.kv_tokens for d in self.decoders), default=0)
 
     def join(self, info: InstanceInfo) -> None:
         self._by_id[info.id] = Instance(info)
@@ -73,90 +125,292 @@ class Fleet:
 
     def update(self, info: InstanceInfo) -> None:
         """The same incarnation introduces itself again, maybe in another role; what it holds stays."""
-        self._by_id[info.id].info = info
-        self._index()
+        known = self._by_id[info.id]
+        if info == known.info:
+            return
+        is_role_only = info == structs.replace(known.info, role=info.role)
+        known.info = info
+        if is_role_only:
+            self._index_roles()
+        else:
+            self._index()
 
-    def lose(self, instance: str) -> None:
+    def lose(self, instance: str, now: float) -> None:
         """Forget the instance and what was booked there; unknown ids are ignored."""
         if instance not in self._by_id:
             return
         for request_id in list(self._by_id[instance].seats):
-            self.leave(instance, request_id)
+            self.leave(instance, request_id, now)
         del self._by_id[instance]
         self._index()
 
-    def prefill_views(
-        self, match: PrefixMatch, *, block_tokens: int, now: float, avoid: frozenset[str]
-    ) -> tuple[PrefillView, ...]:
-        """Instances that can prefill. Those to `avoid` are left out unless nobody else can do their work."""
-        on = match.blocks.get
-        return tuple(
-            PrefillView(i.info.id, i.info.node, i.book.wait_s(now), on(i.info.node, 0) * block_tokens)
-            for i in _without(self._prefillers, avoid)
+    # --- what placement reads ----------------------------------------------------------------------------------
+
+    def prefill_columns(
+        self, match: PrefixMatch, *, block_tokens: int, now: float, rank: float, avoid: frozenset[str]
+    ) -> PrefillColumns:
+        """Instances that can prefill, for a prompt that would queue at `rank`.
+
+        Those to `avoid` are left out unless nobody else can do their work.
+        """
+        rows = self._without(self._prefill_rows, avoid)
+        prefix_tokens = deep_tokens = self._on_nodes(match, match.runs, block_tokens)[rows]
+        if match.runs_any != match.runs:
+            deep_tokens = self._on_nodes(match, match.runs_any, block_tokens)[rows]
+        names = self._prefill_names if rows is self._prefill_rows else self._names(rows)
+        return PrefillColumns(
+            *names,
+            wait_s=self._wait_s(rows, now, rank),
+            pace=self._book[4, rows],
+            prefix_tokens=prefix_tokens,
+            deep_tokens=deep_tokens,
+            queued=self._queued[rows],
+            queued_tokens=self._queued_tokens[rows],
+            batch=self._batch[rows],
+            kv_used=self._kv_used[rows],
+            can_decode=self._can_decode[rows],
         )
 
-    def decode_views(self, avoid: frozenset[str]) -> tuple[DecodeView, ...]:
+    def decode_columns(self, avoid: frozenset[str], *, stays_s: float) -> DecodeColumns:
         """Instances that can decode, as above."""
-        return tuple(
-            DecodeView(
-                id=i.info.id,
-                node=i.info.node,
-                batch=len(i.seats),
-                context_tokens=i.context_tokens,
-                free_kv_tokens=i.info.kv_tokens - self._reserved.get(i.info.node, 0),
-                max_batch=i.info.max_batch,
-            )
-            for i in _without(self._decoders, avoid)
+        rows = self._without(self._decode_rows, avoid)
+        names = self._decode_names if rows is self._decode_rows else self._names(rows)
+        return DecodeColumns(
+            *names,
+            batch=self._batch[rows],
+            context_tokens=self._context[rows],
+            free_kv_tokens=self._free_kv[rows],
+            max_batch=self._max_batch[rows],
+            taken_batch=self._taken[0, rows],
+            taken_context=self._taken[1, rows],
+            kv_tokens=self._kv_tokens[rows],
+            taken_kv=self._taken[2, rows],
+            stays_s=stays_s,
         )
 
     def least_wait_s(self, now: float) -> float:
         """When the first prefill instance will have drained."""
-        return min((i.book.wait_s(now) for i in self._prefillers), default=0.0)
+        return min((i.book.wait_s(now) for i in self.prefillers), default=0.0)
 
-    def sent(self, request_id: str, candidate: Candidate, *, new_tokens: int, now: float) -> None:
-        """A prefill is on its way."""
-        seconds = candidate.transfer_s + candidate.prefill_s
-        self._by_id[candidate.instance].book.sent(request_id, seconds=seconds, tokens=new_tokens, now=now)
+    def spare_s(self, instance: str, now: float, rank: float) -> float:
+        """Seconds of work that `instance` can take in at `rank` without making what comes after it late."""
+        if rank >= self._latest_rank:
+            return math.inf
+        return self._by_id[instance].book.spare_s(now, rank)
+
+    def outlook(self, instance: str, at_s: float) -> Outlook:
+        """Who decodes on `instance` now, and who is expected to at `at_s`: some will have left, others joined."""
+        known = self._by_id[instance]
+        then = [seat.context_tokens for seat in known.seats.values() if seat.joins_s <= at_s < seat.joins_s + seat.stays_s]
+        return Outlook(known.taken.batch, known.taken.context_tokens, len(then), sum(then))
+
+    def expected(self, instance: Instance) -> Taken:
+        """What `instance` decodes, now or in the long run, whichever is more.
+
+        In the long run, of all requests assigned to it that share decodes which an answer's stay is of its whole time here
+        (Little's law).
+        """
+        taken, share = instance.taken, self.decode_share
+        return Taken(
+            max(taken.batch, round(share * len(instance.seats))),
+            max(taken.context_tokens, round(share * instance.context_tokens)),
+            max(taken.kv_tokens, round(share * instance.kv_tokens)),
+        )
+
+    # --- what was given to whom --------------------------------------------------------------------------------
+
+    def sent(
+        self, instance: str, request_id: str, *, seconds: float, tokens: int, now: float, rank: float, due_s: float
+    ) -> None:
+        """A prefill of `tokens` new tokens, predicted to take `seconds` of the instance alone, is on its way."""
+        known = self._by_id[instance]
+        known.book.sent(request_id, seconds=seconds, tokens=tokens, now=now, rank=rank, due_s=due_s)
+        self._latest_rank = max(self._latest_rank, rank)
+        self._booked(known)
 
     def done(self, instance: str, request_id: str, now: float) -> None:
         """The prefill is over, one way or another."""
         if (known := self._by_id.get(instance)) is not None:
             known.book.left(request_id, now)
+            self._booked(known)
 
-    def sit(self, instance: str, request_id: str, *, context_tokens: int, kv_tokens: int) -> None:
+    def reported(self, instance: str, load: InstanceLoad, *, settle_s: float, now: float) -> None:
+        """The instance's own account of its queues."""
+        known = self._by_id[instance]
+        known.load = load
+        known.heartbeat_s = now
+        if len(known.book):
+            known.book.reported(load.waiting_tokens, sent_before_s=now - settle_s, now=now)
+            self._booked(known)
+
+    def expire(self, *, sent_before_s: float, now: float) -> int:
+        """Drop predictions that are long overdue; how many there were."""
+        num_expired = 0
+        for known in self._rows:
+            if expired := known.book.expire(sent_before_s=sent_before_s, now=now):
+                num_expired += len(expired)
+                self._booked(known)
+        return num_expired
+
+    def sit(self, instance: str, request_id: str, seat: Seat, now: float) -> None:
         """The request will decode there; room is held from now on."""
         known = self._by_id[instance]
-        known.seats[request_id] = _Seat(context_tokens, kv_tokens)
-        known.context_tokens += context_tokens
-        self._reserved[known.info.node] = self._reserved.get(known.info.node, 0) + kv_tokens
+        known.seats[request_id] = seat
+        known.context_tokens += seat.context_tokens
+        known.kv_tokens += seat.kv_tokens
+        self._reserved[known.info.node] = self._reserved.get(known.info.node, 0) + seat.kv_tokens
+        self._seated(known, now)
 
-    def leave(self, instance: str | None, request_id: str) -> None:
+    def take_seat(self, instance: str, request_id: str, now: float) -> None:
+        """The request's prefill is done: it decodes."""
+        known = self._by_id[instance]
+        seat = known.seats[request_id]
+        seat.joins_s, seat.is_taken = now, True
+        known.taken.add(seat)
+        self._seated(known, now)
+
+    def seated_s(self, instance: str | None, request_id: str, now: float) -> float | None:
+        """How long the request has decoded there; None if it does not."""
+        known = self.get(instance)
+        seat = known.seats.get(request_id) if known is not None else None
+        return now - seat.joins_s if seat is not None and seat.is_taken else None
+
+    def leave(self, instance: str | None, request_id: str, now: float) -> None:
         known = self.get(instance)
         seat = known.seats.pop(request_id, None) if known is not None else None
         if known is None or seat is None:
             return
         known.context_tokens -= seat.context_tokens
+        known.kv_tokens -= seat.kv_tokens
+        if seat.is_taken:
+            known.taken.add(seat, -1)
         self._reserved[known.info.node] -= seat.kv_tokens
+        self._seated(known, now)
 
     def check(self) -> None:
-        """Raises InvariantError unless sums and indexes agree with the instances."""
+        """Raises InvariantError unless sums, columns and indexes agree with the instances."""
         reserved: dict[str, int] = {}
-        for known in self._by_id.values():
+        for row, known in enumerate(self._rows):
             known.book.check()
             if known.context_tokens != sum(seat.context_tokens for seat in known.seats.values()):
                 raise InvariantError(f"{known.info.id}: context_tokens {known.context_tokens} is not the sum of its seats")
+            if (known.row, int(self._batch[row]), int(self._queued[row])) != (row, len(known.seats), len(known.book)):
+                raise InvariantError(f"{known.info.id}: its columns say batch {self._batch[row]}, queued {self._queued[row]}")
+            if tuple(self._book[:, row]) != known.book.columns or self._context[row] != known.context_tokens:
+                raise InvariantError(f"{known.info.id}: its columns are not those of its book and seats")
             node = known.info.node
             reserved[node] = reserved.get(node, 0) + sum(seat.kv_tokens for seat in known.seats.values())
+        free = [i.info.kv_tokens - reserved[i.info.node] for i in self._rows]
+        if self._free_kv.tolist() != free:
+            raise InvariantError(f"columns say {self._free_kv.tolist()} KV tokens are free, {free} are")
+        roles = ([i.info.role.can_prefill for i in self._rows], [i.info.role.can_decode for i in self._rows])
+        if (self._prefill_rows.tolist(), self._decode_rows.tolist()) != tuple(np.flatnonzero(can).tolist() for can in roles):
+            raise InvariantError(f"rows that prefill {self._prefill_rows}, that decode {self._decode_rows}: roles are {roles}")
         if {n: r for n, r in reserved.items() if r} != {n: r for n, r in self._reserved.items() if r}:
             raise InvariantError(f"reserved {self._reserved}, seats sum to {reserved}")
+        if list(self._by_id) != sorted(self._by_id) or list(self._by_id.values()) != self._rows:
+            raise InvariantError(f"instances are not in order of their ids: {list(self._by_id)}")
+
+    # --- columns -----------------------------------------------------------------------------------------------
 
     def _index(self) -> None:
         self._by_id = dict(sorted(self._by_id.items()))
-        self._prefillers = [i for i in self._by_id.values() if i.info.role.can_prefill]
-        self._decoders = [i for i in self._by_id.values() if i.info.role.can_decode]
+        self._rows = list(self._by_id.values())
+        count = len(self._rows)
+        self._ids = tuple(self._by_id)
+        self._rows_of: dict[str, list[int]] = {}
+        self._bit_nodes: tuple[str | None, ...] | None = None
+        self._book: Floats = np.zeros((5, count))
+        self._queued: Ints = np.zeros(count, dtype=np.int64)
+        self._queued_tokens: Ints = np.zeros(count, dtype=np.int64)
+        self._batch: Ints = np.zeros(count, dtype=np.int64)
+        self._context: Ints = np.zeros(count, dtype=np.int64)
+        self._free_kv: Ints = np.zeros(count, dtype=np.int64)
+        self._kv_used: Floats = np.zeros(count)
+        self._taken: Ints = np.zeros((3, count), dtype=np.int64)
+        self._kv_tokens: Ints = np.array([i.info.kv_tokens for i in self._rows], dtype=np.int64)
+        self._max_batch: Ints = np.array([i.info.max_batch for i in self._rows], dtype=np.int64)
+        self._index_roles()
+        for row, known in enumerate(self._rows):
+            known.row = row
+            self._rows_of.setdefault(known.info.node, []).append(row)
+        for known in self._rows:
+            self._booked(known)
+            self._write_seats(known)
+
+    def _index_roles(self) -> None:
+        self._prefill_rows = _rows_where(i.info.role.can_prefill for i in self._rows)
+        self._decode_rows = _rows_where(i.info.role.can_decode for i in self._rows)
+        self._can_decode: Bools = np.array([i.info.role.can_decode for i in self._rows], dtype=np.bool_)
+        self._prefill_names = self._names(self._prefill_rows)
+        self._decode_names = self._names(self._decode_rows)
+
+    def _names(self, rows: Ints) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        listed = rows.tolist()
+        return tuple(self._ids[row] for row in listed), tuple(self._rows[row].info.node for row in listed)
+
+    def _booked(self, known: Instance) -> None:
+        row, book = known.row, known.book
+        self._book[:, row] = book.columns
+        self._queued[row] = len(book)
+        self._queued_tokens[row] = book.tokens
+
+    def _seated(self, known: Instance, now: float) -> None:
+        self._write_seats(known)
+        if self._mixed_step_s is not None and known.info.role is not Role.DECODE:
+            known.book.at_pace(self._pace(known, self._mixed_step_s), now)
+            self._booked(known)
+
+    def _write_seats(self, known: Instance) -> None:
+        row = known.row
+        self._batch[row] = len(known.seats)
+        self._context[row] = known.context_tokens
+        taken = known.taken
+        self._taken[:, row] = taken.batch, taken.context_tokens, taken.kv_tokens
+        reserved = self._reserved.get(known.info.node, 0)
+        for other in self._rows_of[known.info.node]:
+            kv_tokens = self._rows[other].info.kv_tokens
+            self._free_kv[other] = kv_tokens - reserved
+            self._kv_used[other] = 1.0 - (kv_tokens - reserved) / max(1, kv_tokens)
+
+    def _pace(self, known: Instance, step_s: float) -> float:
+        expected = self.expected(known)
+        if not expected.batch:
+            return 1.0
+        decode_s = self._costs.decode_step_s(expected.batch, expected.context_tokens)
+        return max(LEAST_PACE, 1.0 - (decode_s + self._token_s) / step_s)
+
+    def _wait_s(self, rows: Ints, now: float, rank: float) -> Floats:
+        """All that was sent goes first unless somebody queues after `rank`; see PrefillBook.wait_s for the formula."""
+        if rank < self._latest_rank:
+            return np.array([self._rows[row].book.wait_s(now, rank) for row in rows.tolist()])
+        pending_s, done_s, as_of_s, most_s, pace = self._book[:, rows]
+        waits: Floats = (pending_s - np.minimum(done_s + np.maximum(0.0, now - as_of_s) * pace, most_s)) / pace
+        return waits
+
+    def _on_nodes(self, match: PrefixMatch, runs: Runs, block_tokens: int) -> Ints:
+        """Per row, the length of the node's run in tokens: masks become arrays as a whole, for they may name every node."""
+        num_bits = len(match.nodes)
+        by_bit: Ints = np.zeros(num_bits + 1, dtype=np.int64)
+        for mask, count in runs:
+            octets = np.frombuffer(mask.to_bytes(-(-num_bits // 8), "little"), dtype=np.uint8)
+            by_bit[:-1][np.unpackbits(octets, count=num_bits, bitorder="little").view(np.bool_)] = count * block_tokens
+        return by_bit[self._row_bits(match.nodes)]
+
+    def _row_bits(self, nodes: tuple[str | None, ...]) -> Ints:
+        """Per row, the bit of its node in a match's masks, or one more than there are. `nodes` changes only as a whole."""
+        if nodes is not self._bit_nodes:
+            bits = {node: bit for bit, node in enumerate(nodes)}
+            self._bit_nodes = nodes
+            self._bits: Ints = np.array([bits.get(i.info.node, len(nodes)) for i in self._rows], dtype=np.int64)
+        return self._bits
+
+    def _without(self, rows: Ints, avoid: frozenset[str]) -> Ints:
+        if not avoid:
+            return rows
+        kept = np.array([row for row in rows.tolist() if self._ids[row] not in avoid], dtype=np.int64)
+        return kept if len(kept) else rows
 
 
-def _without(instances: list[Instance], avoid: frozenset[str]) -> list[Instance]:
-    if not avoid:
-        return instances
-    return [i for i in instances if i.info.id not in avoid] or instances
+def _rows_where(flags: Iterable[bool]) -> Ints:
+    return np.array([row for row, flag in enumerate(flags) if flag], dtype=np.int64)

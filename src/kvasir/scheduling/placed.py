@@ -19,7 +19,8 @@ class State(StrEnum):
 class Placed:
     """`decode` is None while its decode instance is lost and the prefill not done: the next is chosen then.
 
-    `hands_off`: the prefill instance was told to give the request away when its prompt is done.
+    `hands_off`: the prefill instance was told to give the request away when its prompt is done. A chunked pipeline has its
+    stages in `group`, `prefill` the last of them.
     """
 
     request: Request
@@ -29,13 +30,22 @@ class Placed:
     hands_off: bool
     attempts: int
     failed_on: frozenset[str]
+    group: tuple[str, ...] = ()
 
     @property
-    def holder(self) -> str:
+    def members(self) -> tuple[str, ...]:
+        """All instances that prefill it."""
+        return self.group or (self.prefill,)
+
+    @property
+    def holders(self) -> tuple[str, ...]:
         """Who works on it now."""
-        if self.state is State.PREFILLING:
-            return self.prefill
-        assert self.decode is not None, "a decoding request has a decode instance"
+        return self.members if self.state is State.PREFILLING else (self.decoder,)
+
+    @property
+    def decoder(self) -> str:
+        """Where it decodes or will; only for a request that has such a place."""
+        assert self.decode is not None, "the request has no decode instance"
         return self.decode
 
 

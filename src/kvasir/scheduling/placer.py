@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from random import Random
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
-from kvasir.core.commands import Decision
+from kvasir.core.commands import Candidate, Decision
 from kvasir.core.errors import ConfigError
-from kvasir.core.request import Request
-from kvasir.core.units import format_duration
+from kvasir.core.request import Request, Slo
 from kvasir.costs.model import CostModel
 from kvasir.pool.directory import BlockDirectory
-from kvasir.scheduling.admission import MIN_RETRY_S, Admission, Plan, Refusal
-from kvasir.scheduling.decode_choice import DecodeChoice, choose_decode
+from kvasir.report.slo import ScaledSlo
+from kvasir.scheduling.admission import MIN_RETRY_S, Admission, Plan, Refusal, ttft_limit_s
+from kvasir.scheduling.decode_choice import DecodeChoice, DecodeRule, least_tbt
 from kvasir.scheduling.fleet import Fleet
 from kvasir.scheduling.policies.interface import Choice, Placement
+from kvasir.scheduling.ranks import Rank, first_come
 from kvasir.scheduling.view import ClusterView
+
+PRIOR_WEIGHT = 32
+"""The configured expectation of output lengths counts as so many answers seen."""
+
+MEMORY = 2000
+"""Answers over which the mean output length is learned: some minutes of traffic on a busy cluster."""
+
+TTFT_MEMORY = 100
+"""Placements over which the mean predicted TTFT is taken: it follows a queue that builds up within seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +36,13 @@ class ConductorConfig:
     """Sizes and bounds of a cluster's scheduler.
 
     `max_queued` bounds requests whose prefill is not done. A request is placed at most `max_attempts` times. An output is
-    expected to have `expected_output_tokens`, or the request's max_tokens if that is less. A heartbeat may not have seen
-    what was sent within the last `settle_s`; a prefill overdue by `prediction_ttl_s` no longer counts as waiting time.
-    A request whose instance died waits `homeless_s` for another when none is left.
-    `shares_cores`: prefill and decode instances of a node run on the same cores.
+    expected to have `expected_output_tokens` until answers were seen, or the request's max_tokens if that is less. A heartbeat
+    may not have seen what was sent within the last `settle_s`; a prefill overdue by `prediction_ttl_s` no longer counts as
+    waiting time. A request whose instance died waits `homeless_s` for another when none is left.
+    `shares_cores`: prefill and decode instances of a node run on the same cores. `mixed_step_s`: the longest step of an
+    instance that decodes; None where nothing bounds it. Prefill runs in steps of `chunk_tokens`. `load_bandwidth`
+    (bytes/s) is a node's SSD, 0 for none. With `layerwise`, transfers overlap compute. A prompt may be prefilled by a
+    pipeline of `max_stages` instances; 1 where the bodies have no pipelines.
     """
 
     kv_bytes_per_token: int
@@ -40,6 +54,11 @@ class ConductorConfig:
     prediction_ttl_s: float = 60.0
     homeless_s: float = 60.0
     shares_cores: bool = False
+    mixed_step_s: float | None = None
+    chunk_tokens: int | None = None
+    load_bandwidth: float = 0.0
+    layerwise: bool = False
+    max_stages: int = 1
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -53,39 +72,70 @@ class ConductorConfig:
                 raise ConfigError(f"{name}: got {value}, expected at least 1")
 
 
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The exchangeable parts of a placement."""
+
+    policy: Placement
+    admission: Admission
+    decode: DecodeRule = least_tbt
+    rank: Rank = first_come
+
+
 class Proposal(Struct, frozen=True):
-    """Where a request would go, or, with a `refusal`, why it should not be started."""
+    """Where a request would go, at which place in the queue, or, with a `refusal`, why it should not be started.
+
+    Each instance of the plan will be at work for `work_s`; the first token is due at `due_s`.
+    """
 
     choice: Choice
     decode: DecodeChoice
     decision: Decision
+    rank: float
+    due_s: float
+    work_s: float
     refusal: Refusal | None = None
 
 
 class Placer:
     """Policy, admission and cost model over fleet and directory, which it only reads."""
 
-    __slots__ = ("_admission", "_config", "_costs", "_directory", "_fleet", "_name", "_policy", "_rng")
+    __slots__ = (
+        "_config",
+        "_costs",
+        "_directory",
+        "_fleet",
+        "_num_outputs",
+        "_output_tokens",
+        "_rng",
+        "_rules",
+        "_slo",
+        "_stays_s",
+        "_ttft_s",
+    )
 
     def __init__(
         self,
         config: ConductorConfig,
         costs: CostModel,
         *,
-        policy: Placement,
-        admission: Admission,
+        rules: Rules,
+        slo: Slo | ScaledSlo,
         rng: Random,
         fleet: Fleet,
         directory: BlockDirectory,
     ):
         self._config = config
         self._costs = costs
-        self._policy = policy
-        self._name = policy.name
-        self._admission = admission
+        self._rules = rules
+        self._slo = slo
         self._rng = rng
         self._fleet = fleet
         self._directory = directory
+        self._output_tokens = float(config.expected_output_tokens)
+        self._num_outputs = PRIOR_WEIGHT
+        self._ttft_s = 0.0
+        self._stays_s = config.expected_output_tokens * slo.tbt_s
 
     def refuse_outright(self, request: Request, *, num_queued: int, now: float) -> Refusal | None:
         """What needs no placement to be refused: too large for any instance, or the queue is full."""
@@ -100,32 +150,61 @@ class Placer:
     def propose(self, request: Request, now: float) -> Proposal:
         """For a new request: placement, and a refusal if the admission rule says so."""
         proposal = self.replace(request, now)
-        waited_s = max(0.0, now - request.arrival_s)
-        plan = Plan(request, proposal.choice.chosen, proposal.decode, waited_s, self.expected_output(request))
-        refusal = self._admission.judge(plan, self._costs)
+        refusal = self._rules.admission.judge(self._plan(request, proposal, now), self._costs)
         if refusal is None:
             return proposal
-        reason = f"rejected, {refusal.message}: {proposal.decision.reason}"
-        return Proposal(
-            proposal.choice, proposal.decode, self._decision(request, proposal.choice, proposal.decode, reason, now), refusal
-        )
+        decision = structs.replace(proposal.decision, refusal=refusal.message)
+        return structs.replace(proposal, decision=decision, refusal=refusal)
 
     def replace(self, request: Request, now: float, avoid: frozenset[str] = frozenset()) -> Proposal:
         """For a request that was admitted before; `avoid` instances are used only if there are no others."""
-        view = self._view(request, now, avoid)
-        choice = self._policy.place(view, self._rng)
-        decode = choose_decode(view, prefill=choice.chosen.instance, kv_tokens=self.kv_tokens(request))
-        return Proposal(choice, decode, self._decision(request, choice, decode, _sentence(choice, decode), now))
+        due_s = request.arrival_s + ttft_limit_s(self._slo, request.num_prompt_tokens, self._costs)
+        rank = self._rank(request, due_s, now)
+        view = self._view(request, now, avoid, rank, due_s)
+        choice = self._rules.policy.place(view, self._rng)
+        self._foresee(choice.chosen.ttft_s)
+        decode = self._rules.decode(view, choice.chosen, self.kv_tokens(request))
+        chosen = choice.chosen
+        work_s = view.prefill_s(chosen.prefix_tokens) / len(members(chosen))
+        return Proposal(choice, decode, self._decision(request, choice, decode, now), rank, due_s, work_s)
 
-    def decode_only(self, request: Request, now: float, avoid: frozenset[str]) -> str:
-        """Another decode instance for a request whose first choice is gone."""
-        return choose_decode(self._view(request, now, avoid), prefill=None, kv_tokens=self.kv_tokens(request)).instance
+    def decode_only(self, request: Request, now: float, avoid: frozenset[str]) -> DecodeChoice:
+        """A decode instance for a request whose KV is complete."""
+        view = self._view(request, now, avoid, now, now)
+        return self._rules.decode(view, None, self.kv_tokens(request))
+
+    def refuse_hand_off(self, request: Request, choice: DecodeChoice | None, instance: str) -> Refusal | None:
+        """Whether a rule that looks at decode load only when the prefill is done turns the request away then.
+
+        A choice made earlier is judged on what its instance decodes now, without those that are still in prefill.
+        """
+        if not self._rules.admission.looks_again:
+            return None
+        return self._rules.admission.at_hand_off(choice or self._as_it_is(request, instance))
+
+    def _as_it_is(self, request: Request, instance: str) -> DecodeChoice:
+        outlook = self._fleet.outlook(instance, math.inf)
+        batch, context = outlook.batch_now + 1, outlook.context_now + request.num_prompt_tokens
+        fits = batch <= self._fleet[instance].info.max_batch
+        return DecodeChoice(instance, self._costs.decode_step_s(batch, context), batch, context, fits, 0 if fits else 1)
 
     def refused(self, request: Request, refusal: Refusal, now: float) -> Decision:
-        return Decision(request.id, self._name, f"rejected, {refusal.message}", now)
+        return Decision(request.id, self._rules.policy.name, now, refusal=refusal.message)
+
+    def learn(self, output_tokens: int, decoded_s: float | None) -> None:
+        """An answer had so many tokens and, where it was decoded after a prefill, took so long."""
+        self._num_outputs = min(self._num_outputs + 1, MEMORY)
+        self._output_tokens += (output_tokens - self._output_tokens) / self._num_outputs
+        if decoded_s is not None:
+            self._stays_s += (max(MIN_RETRY_S, decoded_s) - self._stays_s) / self._num_outputs
+
+    @property
+    def stays_s(self) -> float:
+        """How long an answer decodes, learned."""
+        return self._stays_s
 
     def expected_output(self, request: Request) -> int:
-        return min(request.max_tokens, self._config.expected_output_tokens)
+        return min(request.max_tokens, max(1, round(self._output_tokens)))
 
     def kv_tokens(self, request: Request) -> int:
         """What the request is expected to hold at its end."""
@@ -135,42 +214,64 @@ class Placer:
         """What its decode steps are expected to read, on average over its stay."""
         return request.num_prompt_tokens + self.expected_output(request) // 2
 
-    def _view(self, request: Request, now: float, avoid: frozenset[str]) -> ClusterView:
+    def _foresee(self, ttft_s: float) -> None:
+        """A placement predicts this TTFT: keep the mean of the last ones, and what it means for decode."""
+        self._ttft_s += (ttft_s - self._ttft_s) / TTFT_MEMORY
+        self._fleet.stays_s = self._stays_s
+        self._fleet.decode_share = self._stays_s / (self._stays_s + self._ttft_s)
+
+    def _rank(self, request: Request, due_s: float, now: float) -> float:
+        return self._rules.rank(now, due_s, self._costs.prefill_s(request.num_prompt_tokens, 0))
+
+    def _plan(self, request: Request, proposal: Proposal, now: float) -> Plan:
+        candidate, decode = proposal.choice.chosen, proposal.decode
+        return Plan(
+            request=request,
+            candidate=candidate,
+            decode=decode,
+            waited_s=max(0.0, now - request.arrival_s),
+            expected_output_tokens=self.expected_output(request),
+            spare_s=min(self._fleet.spare_s(name, now, proposal.rank) for name in members(candidate)),
+            outlook=self._fleet.outlook(decode.instance, now + candidate.ttft_s),
+        )
+
+    def _view(self, request: Request, now: float, avoid: frozenset[str], rank: float, due_s: float) -> ClusterView:
         """At least one prompt token is always computed, so only whole blocks before it count as a prefix."""
-        block_tokens = self._config.block_tokens
+        config = self._config
+        block_tokens = config.block_tokens
         usable = max(0, request.num_prompt_tokens - 1) // block_tokens
         match = self._directory.match(request.keys[:usable])
         return ClusterView(
-            prefills=self._fleet.prefill_views(match, block_tokens=block_tokens, now=now, avoid=avoid),
-            decodes=self._fleet.decode_views(avoid),
+            prefills=self._fleet.prefill_columns(match, block_tokens=block_tokens, now=now, rank=rank, avoid=avoid),
+            decodes=self._fleet.decode_columns(avoid, stays_s=self._stays_s),
             num_prompt_tokens=request.num_prompt_tokens,
             best_tokens=match.best * block_tokens,
             source=match.source,
             costs=self._costs,
-            kv_bytes_per_token=self._config.kv_bytes_per_token,
+            kv_bytes_per_token=config.kv_bytes_per_token,
+            block_tokens=block_tokens,
+            due_in_s=due_s - now,
+            tbt_s=self._slo.tbt_s,
+            chunk_tokens=config.chunk_tokens,
+            load_bandwidth=config.load_bandwidth,
+            layerwise=config.layerwise,
+            max_stages=config.max_stages,
         )
 
-    def _decision(self, request: Request, choice: Choice, decode: DecodeChoice, reason: str, now: float) -> Decision:
+    def _decision(self, request: Request, choice: Choice, decode: DecodeChoice, now: float) -> Decision:
         return Decision(
             request_id=request.id,
-            policy=self._name,
-            reason=reason,
+            policy=self._rules.policy.name,
             at_s=now,
-            chosen=choice.chosen.instance,
-            decode=decode.instance,
-            ttft_s=choice.chosen.ttft_s,
-            tbt_s=decode.tbt_s,
+            why=choice.why,
             candidates=choice.candidates,
+            decode=decode.instance,
+            tbt_s=decode.tbt_s,
+            batch=decode.batch,
+            has_room=decode.fits,
         )
 
 
-def _sentence(choice: Choice, decode: DecodeChoice) -> str:
-    """`prefill on p0 (least TTFT ...): wait 1.2 s + fetch ... + prefill ... = TTFT ...; decode on d1 at TBT ..., batch 12`."""
-    c = choice.chosen
-    fetch = f" + fetch of {c.fetch_tokens} tokens from {c.source} {format_duration(c.transfer_s)}" if c.source else ""
-    room = "" if decode.fits else ", once there is room"
-    return (
-        f"prefill on {c.instance} by {choice.why}: wait {format_duration(c.wait_s)}{fetch}"
-        f" + prefill {format_duration(c.prefill_s)} after {c.prefix_tokens} cached tokens = TTFT {format_duration(c.ttft_s)};"
-        f" decode on {decode.instance} at TBT {format_duration(decode.tbt_s)} in a batch of {decode.batch}{room}"
-    )
+def members(candidate: Candidate) -> tuple[str, ...]:
+    """All instances that a plan occupies."""
+    return candidate.group or (candidate.instance,)

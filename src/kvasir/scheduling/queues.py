@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from operator import attrgetter
 
-from kvasir.scheduling.sequence import Sequence
-
-_rank = attrgetter("rank")
+from kvasir.scheduling.decode_set import DecodeSet
+from kvasir.scheduling.sequence import Sequence, rank_of
 
 
 class Queues:
-    """`running` has been in a step here; `ready` waits with a single token to compute, `waiting` with a prompt."""
+    """Each sequence is in one place.
 
-    __slots__ = ("_by_id", "ready", "running", "waiting")
+        not begun          begun: has been in a step here
+        `waiting`          `begun`                a prompt with tokens to compute
+        `idle`             `idle`                 a prompt that the pipeline's stage before holds up
+        `ready`            `paused` | `decodes`   a single token left; `paused` is about to get a page, or short of one
 
-    def __init__(self) -> None:
+    Outside of `Batcher.handle`, `decodes` are in flight.
+    """
+
+    __slots__ = ("_by_id", "begun", "decodes", "idle", "paused", "ready", "waiting")
+
+    def __init__(self, decodes: DecodeSet) -> None:
         self._by_id: dict[str, Sequence] = {}
-        self.running: list[Sequence] = []
+        self.decodes = decodes
+        self.paused: list[Sequence] = []
+        self.begun: list[Sequence] = []
         self.ready: list[Sequence] = []
         self.waiting: list[Sequence] = []
+        self.idle: list[Sequence] = []
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -34,32 +43,64 @@ class Queues:
     def get(self, request_id: str) -> Sequence | None:
         return self._by_id.get(request_id)
 
+    @property
+    def lists(self) -> tuple[list[Sequence], ...]:
+        return (self.paused, self.begun, self.ready, self.waiting, self.idle)
+
+    @property
+    def num_running(self) -> int:
+        """Who takes a seat of the batch: begun, and not idle."""
+        return len(self.decodes.members) + len(self.paused) + len(self.begun)
+
     def add(self, seq: Sequence) -> None:
         self._by_id[seq.id] = seq
-        insort(self.ready if seq.remaining == 1 else self.waiting, seq, key=_rank)
+        self.place(seq)
 
-    def start(self, seq: Sequence) -> None:
-        """From `ready` or `waiting` to `running`."""
-        _take(self.ready if seq.remaining == 1 else self.waiting, seq)
-        insort(self.running, seq, key=_rank)
+    def place(self, seq: Sequence) -> None:
+        """Into the queue where it belongs by its tokens; never into `decodes`."""
+        if seq.is_decoding:
+            home = self.paused if seq.has_begun else self.ready
+        elif seq.computable <= 0:
+            home = self.idle
+        else:
+            home = self.begun if seq.has_begun else self.waiting
+        if seq.home is home:
+            return
+        self._take_out(seq)
+        insort(home, seq, key=rank_of)
+        seq.home = home
+
+    def begin(self, seq: Sequence) -> None:
+        """A prompt's first chunk is in the step."""
+        seq.has_begun = True
+        self.place(seq)
+
+    def decode(self, seq: Sequence) -> None:
+        """From `ready` or `paused` into `decodes`."""
+        seq.has_begun = True
+        self._take_out(seq)
+        seq.home = None
+        self.decodes.add(seq)
 
     def remove(self, seq: Sequence) -> None:
         del self._by_id[seq.id]
-        for queue in (self.running, self.ready, self.waiting):
-            if _take(queue, seq):
-                return
+        self._take_out(seq)
+
+    def prompts(self, seats: int) -> list[Sequence]:
+        """Who begins or goes on, in order of rank; at most `seats` begin."""
+        joining = self.waiting[:seats] if seats > 0 else []
+        if not self.begun or not joining:
+            return joining or self.begun[:]
+        return sorted([*self.begun, *joining], key=rank_of)
 
     @property
     def oldest(self) -> Sequence:
-        """Who must make progress; running before waiting. The queues must not be empty."""
-        if self.running:
-            return self.running[0]
-        return min(self.ready[:1] + self.waiting[:1], key=_rank)
+        """Who must make progress: running before waiting. There must be somebody who can, given pages; nobody decodes."""
+        running = self.paused[:1] + self.begun[:1]
+        return min(running or self.ready[:1] + self.waiting[:1], key=rank_of)
 
-
-def _take(queue: list[Sequence], seq: Sequence) -> bool:
-    index = bisect_left(queue, seq.rank, key=_rank)
-    if index < len(queue) and queue[index] is seq:
-        del queue[index]
-        return True
-    return False
+    def _take_out(self, seq: Sequence) -> None:
+        if seq.ticket:
+            self.decodes.remove(seq)
+        elif seq.home is not None:
+            del seq.home[bisect_left(seq.home, seq.rank, key=rank_of)]

@@ -6,7 +6,7 @@ from kvasir.core.commands import Chunk
 from kvasir.costs.model import CostModel
 from kvasir.scheduling.chunking import BatcherConfig, ChunkBudget
 from kvasir.scheduling.queues import Queues
-from kvasir.scheduling.sequence import Sequence
+from kvasir.scheduling.sequence import Sequence, rank_of
 
 STEPS_AHEAD = 2
 """Pages are asked for this many full steps of prefill ahead: one in flight, one next."""
@@ -15,103 +15,103 @@ STEPS_AHEAD = 2
 class StepFormer:
     """Fills steps from the queues and gives sequences pages from the stash as they grow."""
 
-    __slots__ = ("_config", "_costs", "_queues", "_stash")
+    __slots__ = ("_config", "_costs", "_queues", "_stash", "puts_off")
 
     def __init__(self, config: BatcherConfig, costs: CostModel | None, queues: Queues, stash: list[int]):
         self._config = config
         self._costs = costs
         self._queues = queues
         self._stash = stash
+        self.puts_off = False
 
     def form(self, *, is_short: bool, is_held: bool) -> list[Sequence]:
-        """Sequences of the next step, their `in_flight` tokens set; empty when nobody can go on.
+        """The next step: decodes whoever has the page for it; returns the prompts in it, their `in_flight` tokens set.
 
-        Decode tokens first, then prompts in order of their rank. While pages are short, pages go strictly by rank and
-        nobody is admitted beside running sequences.
+        Decode tokens first, then prompts in order of their rank, begun or not. While pages are short, pages go strictly by
+        rank. While they are short or `is_held`, nobody is admitted beside running sequences. Who joins the decodes has waited
+        for a step already, so where steps are to be short its first one `puts_off` the prompts.
         """
-        queues, config = self._queues, self._config
-        running = queues.running
-        may_admit = not running or not (is_short or is_held)
-        decodes = [seq for seq in running if seq.num_tokens - seq.num_computed == 1]
-        prompts = [seq for seq in running if seq.num_tokens - seq.num_computed > 1] if len(decodes) < len(running) else []
-        joining = queues.ready[: config.max_batch - len(running)] if may_admit else []
-        budget = self._budget(decodes + joining)
+        queues, max_batch = self._queues, self._config.max_batch
+        paused, decodes = queues.paused, queues.decodes
+        num_running = queues.num_running
+        is_running = num_running > 0
+        seats = 0 if is_running and (is_short or is_held) else max_batch - num_running
+        joining = queues.ready[:seats] if seats > 0 else []
+        prompts = queues.prompts(seats)
+        self.puts_off = bool(prompts and joining and self._config.max_step_s is not None)
+        if not prompts or self.puts_off:
+            for seq in (*paused, *joining):
+                self._decode(seq, beside=0)
+            return []
+        budget = self._budget([*paused, *joining])
+        in_order = sorted([*paused, *prompts], key=rank_of) if is_short and is_running else [*paused, *joining, *prompts]
         step: list[Sequence] = []
-        for seq in list(running) if is_short else decodes:
-            self._add(seq, budget, step)
-        for seq in joining:
-            if self._add(seq, budget, step):
-                queues.start(seq)
-        reserve = 0 if is_short else sum(self._growth(seq) for seq in decodes)
-        for seq in () if is_short else prompts:
-            self._add(seq, budget, step, reserve)
-        while may_admit and queues.waiting and len(running) < config.max_batch:
-            seq = queues.waiting[0]
-            if not self._add(seq, budget, step, reserve):
+        is_blocked = False  # for pages; who waits behind does not overtake
+        for seq in in_order:
+            if seq.is_decoding:
+                self._decode(seq, beside=len(step))
+                continue
+            if len(decodes) + len(step) >= max_batch or (not seq.has_begun and (is_blocked or queues.num_running >= max_batch)):
+                continue
+            length = budget.chunk(seq.computable, seq.num_computed, seq.share)
+            if length <= 0:
+                if is_short:
+                    continue  # decodes may follow
                 break
-            queues.start(seq)
+            length = self._fit(seq, length, reserve=0 if is_short else decodes.growth)
+            if length <= 0:
+                is_blocked = True
+                continue
+            budget.spend(length, seq.num_computed, seq.share)
+            seq.in_flight = length
+            step.append(seq)
+            if not seq.has_begun:
+                queues.begin(seq)
         return step
 
     def pages_wanted(self) -> int:
         """Pages that the next steps will need beyond the stash."""
-        wanted = 0
         config, queues = self._config, self._queues
+        wanted = queues.decodes.growth
+        seats = config.max_batch - queues.num_running
+        for seq in (*queues.paused, *(queues.ready[:seats] if seats > 0 else ())):
+            wanted += seq.pages_for(seq.num_computed + 1 + config.ahead_tokens, config.block_tokens)
         tokens = STEPS_AHEAD * config.max_step_tokens
-        prompts: list[Sequence] = []
-        for seq in queues.running:
-            if seq.num_tokens - seq.num_computed == 1:
-                wanted += self._growth(seq)
-            else:
-                prompts.append(seq)
-        free = config.max_batch - len(queues.running)
-        for seq in queues.ready[:free]:
-            wanted += self._growth(seq)
-        for seq in (*prompts, *queues.waiting[:free]):
+        for seq in queues.prompts(seats):
             if tokens <= 0:
                 break
-            ahead = min(seq.remaining, seq.in_flight + tokens)
+            ahead = min(seq.computable, seq.in_flight + tokens)
             wanted += seq.pages_for(seq.num_computed + ahead + config.ahead_tokens, config.block_tokens)
             tokens -= ahead
         return wanted - len(self._stash)
 
-    def _budget(self, decodes: list[Sequence]) -> ChunkBudget:
-        context = sum(seq.num_tokens for seq in decodes) if self._costs else 0
-        return ChunkBudget(self._config, self._costs, batch=len(decodes), context_tokens=context)
+    def _budget(self, joining: list[Sequence]) -> ChunkBudget:
+        decodes = self._queues.decodes
+        context = decodes.context_tokens + sum(seq.num_tokens for seq in joining)
+        share = min((seq.share for seq in self._queues.idle), default=1.0)
+        batch = len(decodes) + len(joining)
+        return ChunkBudget(self._config, self._costs, batch=batch, context_tokens=context, share=share)
 
-    def _growth(self, seq: Sequence) -> int:
-        """Pages that a decoding sequence will need soon."""
-        reach = seq.num_computed + seq.in_flight + self._config.ahead_tokens
-        if reach <= len(seq.pages) * self._config.block_tokens:
-            return 0
-        return seq.pages_for(reach, self._config.block_tokens)
+    def _decode(self, seq: Sequence, beside: int) -> None:
+        """Into the batch, which has `beside` prompts, if there is a seat and a page."""
+        if len(self._queues.decodes) + beside < self._config.max_batch and self._fit(seq, 1, reserve=0):
+            self._queues.decode(seq)
 
-    def _add(self, seq: Sequence, budget: ChunkBudget, step: list[Sequence], reserve: int = 0) -> bool:
-        """Put as much of `seq` into the step as tokens and pages allow, leaving `reserve` pages to others."""
-        block_tokens = self._config.block_tokens
-        is_prompt = seq.num_tokens - seq.num_computed > 1
-        length = budget.chunk(seq.remaining, seq.num_computed) if is_prompt else 1
+    def _fit(self, seq: Sequence, length: int, reserve: int) -> int:
+        """How many of the next `length` tokens have pages, taken from the stash but for `reserve` of them."""
+        block_tokens, stash = self._config.block_tokens, self._stash
         missing = -(-(seq.num_computed + length) // block_tokens) - len(seq.pages)
-        if missing > 0 < length:
-            taken = self._take(min(missing, max(0, len(self._stash) - reserve)))
-            seq.pages += taken
-            length = min(length, len(seq.pages) * block_tokens - seq.num_computed)
-        if length <= 0:
-            return False
-        if is_prompt:
-            budget.spend(length, seq.num_computed)
-        seq.in_flight = length
-        step.append(seq)
-        return True
-
-    def _take(self, count: int) -> tuple[int, ...]:
-        if not count:
-            return ()
-        taken = tuple(self._stash[-count:])
-        del self._stash[-count:]
-        return taken
+        if missing <= 0:
+            return length
+        count = min(missing, len(stash) - reserve)
+        if count > 0:
+            seq.pages += tuple(stash[-count:])
+            del stash[-count:]
+        return min(length, len(seq.pages) * block_tokens - seq.num_computed)
 
 
 def chunk_of(seq: Sequence) -> Chunk:
-    """What the engine is told of a sequence in flight."""
+    """What the engine is told of a prompt in flight."""
     end = seq.num_computed + seq.in_flight
-    return Chunk(seq.id, seq.num_computed, seq.in_flight, seq.pages, samples=end == seq.num_tokens)
+    samples = end == seq.num_tokens and not seq.is_stage
+    return Chunk(seq.id, seq.num_computed, seq.in_flight, seq.pages, samples, seq.share)

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from random import Random
 from typing import Protocol
 
 from msgspec import Struct
 
 from kvasir.core.commands import Candidate
-from kvasir.scheduling.view import ClusterView
+from kvasir.scheduling.view import ClusterView, Floats
+
+NUM_RECORDED = 3
+"""How many candidates a decision records: the chosen one and the next best."""
 
 
 class Choice(Struct, frozen=True):
-    """`candidates` are what the policy compared, in order of instance id; `why` finishes the sentence "chosen by ..."."""
+    """`candidates` begin with the chosen one; `why` finishes the sentence "prefill on p3 by ..."."""
 
-    chosen: Candidate
     candidates: tuple[Candidate, ...]
     why: str
 
+    @property
+    def chosen(self) -> Candidate:
+        return self.candidates[0]
+
 
 class Placement(Protocol):
-    """Picks the prefill instance, and whether to fetch a longer prefix. Equal scores go to the lower instance id.
+    """Picks the prefill instance, and what of the prefix is brought there. Equal scores go to the lower instance id.
 
     `name` is its row in the table, for configuration, decisions and metrics.
     """
@@ -34,11 +40,7 @@ class Placement(Protocol):
         ...
 
 
-def least_ttft(candidates: Iterable[Candidate], why: str) -> Choice:
-    """The least predicted TTFT."""
-    listed = tuple(candidates)
-    return Choice(min(listed, key=_ttft_then_id), listed, why)
-
-
-def _ttft_then_id(candidate: Candidate) -> tuple[float, str]:
-    return candidate.ttft_s, candidate.instance
+def best_of(scores: Floats, candidate: Callable[[int], Candidate], why: str) -> Choice:
+    """The row with the least score, and the next best for the record; the first of equals is the lowest id."""
+    rows = scores.argsort(kind="stable")[:NUM_RECORDED]
+    return Choice(tuple([candidate(row) for row in rows.tolist()]), f"{why} among {len(scores)}")

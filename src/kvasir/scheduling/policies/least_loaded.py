@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from kvasir.scheduling.policies.interface import Choice
+from kvasir.scheduling.policies.interface import Choice, best_of
 from kvasir.scheduling.view import ClusterView
 
 
@@ -12,6 +12,4 @@ class LeastLoaded:
     name = "least-loaded"
 
     def place(self, view: ClusterView, rng: Random) -> Choice:
-        candidates = tuple(view.local(instance) for instance in view.prefills)
-        chosen = min(candidates, key=lambda c: (c.wait_s, c.instance))
-        return Choice(chosen, candidates, f"shortest wait among {len(candidates)}")
+        return best_of(view.prefills.wait_s, view.local, "shortest wait")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from kvasir.scheduling.policies.interface import Choice, least_ttft
+from kvasir.scheduling.policies.interface import Choice, best_of
 from kvasir.scheduling.view import ClusterView
 
 
@@ -12,4 +12,4 @@ class Local:
     name = "local"
 
     def place(self, view: ClusterView, rng: Random) -> Choice:
-        return least_ttft(map(view.local, view.prefills), f"least TTFT from local caches among {len(view.prefills)}")
+        return best_of(view.prefills.wait_s + view.local_s, view.local, "least TTFT from local caches")

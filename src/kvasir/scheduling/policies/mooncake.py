@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from random import Random
 
-from kvasir.core.commands import Candidate
-from kvasir.scheduling.policies.interface import Choice, least_ttft
-from kvasir.scheduling.view import ClusterView, PrefillView
+import numpy as np
+
+from kvasir.scheduling.policies.interface import Choice, best_of
+from kvasir.scheduling.view import ClusterView
 
 BALANCING_THRESHOLD = 4.0
 """Fetch when the best prefix is more than this many times the own. The paper tunes it by hand and gives no value; at 4 a
@@ -27,12 +28,7 @@ class Mooncake:
         self.balancing_threshold = balancing_threshold
 
     def place(self, view: ClusterView, rng: Random) -> Choice:
-        candidates = [self._candidate(view, instance) for instance in view.prefills]
-        return least_ttft(candidates, f"least TTFT by Algorithm 1 among {len(candidates)}")
-
-    def _candidate(self, view: ClusterView, instance: PrefillView) -> Candidate:
-        local = view.local(instance)
-        if view.best_tokens <= self.balancing_threshold * instance.prefix_tokens:
-            return local
-        fetched = view.fetch(instance)
-        return fetched if fetched is not None and fetched.ttft_s < local.ttft_s else local
+        is_short = view.best_tokens > self.balancing_threshold * view.prefills.prefix_tokens
+        fetches = is_short & (view.fetch_s < view.local_s)
+        ttft_s = view.prefills.wait_s + np.where(fetches, view.fetch_s, view.local_s)
+        return best_of(ttft_s, lambda row: view.fetch(row) if fetches[row] else view.local(row), "least TTFT by Algorithm 1")

@@ -12,5 +12,4 @@ class RandomChoice:
     name = "random"
 
     def place(self, view: ClusterView, rng: Random) -> Choice:
-        chosen = view.local(rng.choice(view.prefills))
-        return Choice(chosen, (chosen,), f"chance among {len(view.prefills)}")
+        return Choice((view.local(rng.randrange(len(view.prefills))),), f"chance among {len(view.prefills)}")

@@ -17,7 +17,7 @@ class RoundRobin:
         self._last = ""
 
     def place(self, view: ClusterView, rng: Random) -> Choice:
-        instance = next((p for p in view.prefills if p.id > self._last), view.prefills[0])
-        self._last = instance.id
-        chosen = view.local(instance)
-        return Choice(chosen, (chosen,), f"turn among {len(view.prefills)}")
+        ids = view.prefills.ids
+        row = next((row for row, name in enumerate(ids) if name > self._last), 0)
+        self._last = ids[row]
+        return Choice((view.local(row),), f"turn among {len(ids)}")

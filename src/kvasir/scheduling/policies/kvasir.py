@@ -1,0 +1,78 @@
+"""Ours: the fastest of all plans in predicted seconds, and a pipeline of several instances where one cannot be in time."""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+
+from kvasir.scheduling.policies.interface import Choice, best_of
+from kvasir.scheduling.view import ClusterView, Floats
+
+MARGIN = 0.9
+"""A plan is in time when it is predicted to need at most this share of what is left until the first token is due."""
+
+IDLE = 0.1
+"""A pipeline starts only where its stages are free within this share of the time that is left. It serves the prompts that cost
+most per token: while others queue, those would pay for it."""
+
+SLACK_HORIZON_S = 4.0
+"""An instance that decodes takes prefill only if it is predicted to be done so soon: its slack will not stay what it is."""
+
+SMOOTH = 0.15
+"""Where a hand-off would take longer than the prefill that hides it by more than this share of the TBT objective (a prompt
+that is nearly all cached), the request is prefilled where it will decode: its KV arrives before the first token, not after."""
+
+
+class Kvasir:
+    """Each instance by its fastest plan: compute from its own prefix, fetch the longest, or load its own from SSD.
+
+    There is no threshold: what is faster is done, and since a fetch leaves a copy, prefixes spread as far as they are
+    worth the transfer. A prompt that is late on every single instance runs as a chunked pipeline (FAST'25, section 3.3) over
+    the fewest instances with which it is in time, those that are free first.
+    """
+
+    name = "kvasir"
+
+    def place(self, view: ClusterView, rng: Random) -> Choice:
+        plans = np.array((view.local_s, view.fetch_s, view.load_s))
+        kinds = plans.argmin(axis=0)
+        ttft_s = _where_wanted(view, view.prefills.wait_s + plans.min(axis=0))
+        makers = (view.local, view.fetch, view.load)
+        alone = best_of(ttft_s, lambda row: makers[kinds[row]](row), "least TTFT of all plans")
+        if view.max_stages == 1 or alone.chosen.ttft_s <= MARGIN * view.due_in_s:
+            return alone
+        return self._pipeline(view, alone)
+
+    def _pipeline(self, view: ClusterView, alone: Choice) -> Choice:
+        """Twice as many stages until it is in time or does not get faster. A stage that decodes beside would slow all down."""
+        prefills = view.prefills
+        free_first = np.argsort(np.where(prefills.pace < 1.0, np.inf, prefills.wait_s), kind="stable")
+        best = alone.chosen
+        num_stages = 2
+        while num_stages <= min(view.max_stages, len(prefills)):
+            candidate = view.pipeline(free_first[:num_stages].tolist())
+            if candidate.ttft_s >= best.ttft_s or candidate.wait_s > IDLE * view.due_in_s:
+                break
+            best = candidate
+            if best.ttft_s <= MARGIN * view.due_in_s:
+                break
+            num_stages *= 2
+        if best is alone.chosen:
+            return alone
+        why = f"pipeline of {len(best.group)} stages, being late alone, among {len(prefills)}"
+        return Choice((best, *alone.candidates[:2]), why)
+
+
+def _where_wanted(view: ClusterView, ttft_s: Floats) -> Floats:
+    """Infinite for instances that should not prefill this prompt, as long as there are others."""
+    prefills = view.prefills
+    is_steady = (prefills.pace == 1.0) | (ttft_s <= SLACK_HORIZON_S)
+    if is_steady.any():
+        ttft_s = np.where(is_steady, ttft_s, np.inf)
+    exposed_s = view.transfer_s(view.num_prompt_tokens) - view.prefill_s(view.best_tokens)
+    if exposed_s > SMOOTH * view.tbt_s:
+        stays = prefills.can_decode & (ttft_s <= MARGIN * view.due_in_s)
+        if stays.any():
+            ttft_s = np.where(stays, ttft_s, np.inf)
+    return ttft_s
