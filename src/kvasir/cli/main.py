@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -13,10 +14,13 @@ from kvasir.core.errors import KvasirError, root_cause
 
 def make_app() -> typer.Typer:
     """All commands. Their imports take most of a second, so they are made where an interrupt is caught."""
+    from kvasir.cli.bench import bench
     from kvasir.cli.demo import demo
+    from kvasir.cli.plan import plan
     from kvasir.cli.profile import profile
     from kvasir.cli.replay import replay
     from kvasir.cli.serve import serve
+    from kvasir.cli.simulate import simulate
 
     app = typer.Typer(
         help="KVCache-centric, disaggregated LLM serving: prefill and decode pools, one KVCache pool, one scheduler.",
@@ -25,8 +29,9 @@ def make_app() -> typer.Typer:
         rich_markup_mode="markdown",
         pretty_exceptions_enable=False,
     )
-    for command in (serve, replay, profile, demo):
+    for command in (serve, replay, simulate, plan, profile, demo):
         app.command()(command)
+    app.add_typer(bench, name="bench")
     app.callback()(_kvasir)
     return app
 
@@ -40,6 +45,13 @@ def main() -> None:
         if not isinstance(cause, KvasirError):
             raise
         print(f"kvasir: {cause}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it flushes
+        sys.exit(1)
+    except OSError as error:
+        print(f"kvasir: cannot write: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

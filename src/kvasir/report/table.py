@@ -31,9 +31,14 @@ def render(summary: Summary) -> str:
     return "\n".join(lines)
 
 
-def row(label: str, value: float | None) -> str:
-    """`label:` and the value in one column; integers as they are, floats with two decimals."""
-    text = "-" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
+def rule(title: str = "", line: str = "-") -> str:
+    """A title in the middle of a line."""
+    return f"{title:{line}^{_WIDTH}}"
+
+
+def row(label: str, value: float | str | None) -> str:
+    """`label:` and the value in one column; integers and texts as they are, floats with two decimals."""
+    text = "-" if value is None else str(value) if isinstance(value, int | str) else f"{value:.2f}"
     return f"{label + ':':<{_LABEL_WIDTH}} {text}"
 
 

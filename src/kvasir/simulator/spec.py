@@ -48,6 +48,8 @@ class ClusterSpec(Struct, frozen=True):
     """A cluster, complete: nodes, instances, and the costs that all instances have in common.
 
     Instances report their load every `heartbeat_s`, and the report is `report_delay_s` old when it arrives.
+    With a `low_share` the instances of a node compute on the same cores, prefill instances at low priority: this is their
+    share of the cores while another instance of the node computes (`simulator/cores.py`); 1 if they do not disturb each other.
     """
 
     name: str
@@ -60,3 +62,4 @@ class ClusterSpec(Struct, frozen=True):
     memory: MemoryKind = MemoryKind.DEVICE
     heartbeat_s: float = 1.0
     report_delay_s: float = 0.0
+    low_share: float | None = None

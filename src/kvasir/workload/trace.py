@@ -37,11 +37,17 @@ class TraceRequest:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A trace sorted by arrival, and how many lines had to be moved for that (0 for a well-formed file)."""
+    """A trace sorted by arrival, and how many lines had to be moved for that (0 for a well-formed file).
+
+    `num_dropped` counts records that are no requests to be served (failures in the log, turns without an answer).
+    `unknown` names what the file does not say and its reader made up, for whoever reads figures that follow from it.
+    """
 
     requests: tuple[TraceRequest, ...]
     block_tokens: int = TRACE_BLOCK_TOKENS
     num_unsorted: int = 0
+    num_dropped: int = 0
+    unknown: tuple[str, ...] = ()
 
     @property
     def span_s(self) -> float:
@@ -63,13 +69,24 @@ def read_trace(lines: Iterable[str | bytes], *, block_tokens: int = TRACE_BLOCK_
     before them, for the caller to warn about. Nothing else is repaired. Requests of
     one timestamp keep the order of their lines.
     """
-    requests = tuple(_parsed(lines, block_tokens))
+    requests = list(_parsed(lines, block_tokens))
     if not requests:
         raise TraceError("trace is empty: got no requests, expected at least one JSON line")
+    return in_order(requests, block_tokens=block_tokens)
+
+
+def in_order(
+    requests: Sequence[TraceRequest],
+    *,
+    block_tokens: int = TRACE_BLOCK_TOKENS,
+    num_dropped: int = 0,
+    unknown: tuple[str, ...] = (),
+) -> Trace:
+    """The trace of these requests, sorted stably by arrival; `num_unsorted` counts those that had to move."""
     num_unsorted = _count_unsorted(requests)
     if num_unsorted:
-        requests = tuple(sorted(requests, key=attrgetter("arrival_s")))
-    return Trace(requests, block_tokens, num_unsorted)
+        requests = sorted(requests, key=attrgetter("arrival_s"))
+    return Trace(tuple(requests), block_tokens, num_unsorted, num_dropped, unknown)
 
 
 def trace_lines(requests: Sequence[TraceRequest]) -> Iterator[bytes]:

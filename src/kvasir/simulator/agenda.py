@@ -1,0 +1,37 @@
+"""Virtual time: what will happen, in order of time and, at one time, in the order in which it was planned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from heapq import heappop, heappush
+from typing import Any
+
+Call = Callable[[Any], None]
+
+
+class Agenda:
+    """A heap of calls. `now` is the time of the call that runs; nothing can be planned for the past."""
+
+    __slots__ = ("_heap", "_number", "now")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Call, Any]] = []
+        self._number = 0
+        self.now = 0.0
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def at(self, time_s: float, call: Call, argument: Any = None) -> None:
+        """Call `call(argument)` at `time_s`. What is planned cannot be taken back: the callee must know that it is void."""
+        self._number += 1
+        heappush(self._heap, (max(self.now, time_s), self._number, call, argument))
+
+    def soon(self, call: Call, argument: Any = None) -> None:
+        """At the present time, after all that is planned for it already."""
+        self.at(self.now, call, argument)
+
+    def step(self) -> None:
+        """Let the next thing happen."""
+        self.now, _, call, argument = heappop(self._heap)
+        call(argument)

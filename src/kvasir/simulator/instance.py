@@ -1,0 +1,455 @@
+"""One instance in virtual time: carries its Batcher's commands out, as cluster/instance.py does, on predicted seconds.
+
+A step takes the sum of its prefill chunks, one after another, each times the share of the layers that it computes, and
+of its decode batch. Passes of a repeated decode step grow with their contexts, by the first and the last pass; their
+gaps are logged as equal. The instance is idle between steps; no token is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Protocol
+
+from msgspec.structs import replace
+
+from kvasir.core.commands import HandOff, NeedPages, Preempt, Publish, Release, ReturnPages, Starved, Step
+from kvasir.core.events import (
+    Cancelled,
+    Event,
+    Extended,
+    InstanceInfo,
+    InstanceLoad,
+    PagesGranted,
+    StepDone,
+    Submitted,
+    Tick,
+)
+from kvasir.core.request import Role
+from kvasir.costs.model import CostModel
+from kvasir.scheduling.batcher import Batcher
+from kvasir.simulator.agenda import Agenda
+from kvasir.simulator.cores import Cores
+from kvasir.simulator.decoding import Decoding
+from kvasir.simulator.gaps import single
+from kvasir.simulator.jobs import Seq
+from kvasir.simulator.memory import Memory
+from kvasir.simulator.node import SimNode
+
+OFFER_S = 30.0
+"""How long a handed-off prompt waits in the pool for the instance that decodes it, as live."""
+
+
+class Listener(Protocol):
+    """Whom an instance tells what the hub would hear."""
+
+    def prefill_started(self, seq: Seq) -> None: ...
+
+    def stage_computed(self, seq: Seq, tokens: int) -> None:
+        """A stage has computed the first `tokens` of its sequence."""
+        ...
+
+    def first_token(self, seq: Seq) -> None:
+        """The prompt is computed and a token of it is with the client; the sequence stays here to decode."""
+        ...
+
+    def handed_off(self, seq: Seq) -> None: ...
+
+    def finished(self, seq: Seq) -> None: ...
+
+    def failed(self, seq: Seq, error: str) -> None: ...
+
+
+class SimInstance:
+    """Runs from its start to the end of the simulation, or until `die`."""
+
+    def __init__(
+        self,
+        info: InstanceInfo,
+        node: SimNode,
+        batcher: Batcher,
+        memory: Memory,
+        *,
+        agenda: Agenda,
+        costs: CostModel,
+        listener: Listener,
+        block_tokens: int,
+        max_gap_s: float,
+        cores: Cores | None = None,
+    ):
+        """`cores`: what it computes on together with the other instances of its node; None where it has its own device."""
+        self.info = info
+        self.node = node
+        self.batcher = batcher
+        self.memory = memory
+        self.sequences: dict[str, Seq] = {}
+        self.busy_s = 0.0
+        self.prefill_s = 0.0
+        self.decode_batch = 0
+        self.was_idle = True
+        self.is_up = True
+        self._agenda = agenda
+        self._costs = costs
+        self._listener = listener
+        self._block_tokens = block_tokens
+        self._max_gap_s = max_gap_s
+        self._cores = cores
+        self._is_low = info.role is Role.PREFILL  # for good: a process keeps its priority when its role changes
+        self._pauses = False
+        self._resumes_s = 0.0
+        self._parked: dict[str, Seq] = {}  # preempted: they hold nothing until somebody leaves
+        self._absent: dict[Seq, None] = {}  # here, but not with the Batcher
+        self._waiting: deque[Seq] = deque()  # their KV is on the node, and no pages for it are free
+        self._inbox: deque[Event] = deque()
+        self._is_applying = False
+        self._num_left = 0
+        self._told: list[Seq] = []
+        self._ended: list[Seq] = []
+        self._handed: list[Seq] = []
+        self._decoding = Decoding(lambda: {chunk.request_id for chunk in batcher.decode_chunks()})
+        self._singles: list[Seq] = []
+        self._step: Step | None = None
+        self._number = 0  # of the step; what is planned for an earlier one is void
+        self._passes = 1
+        self._start_s = 0.0
+        self._first_s = 0.0
+        self._growth_s = 0.0
+
+    # --- what the hub wants ------------------------------------------------------------------------------------
+
+    def expect(self, seq: Seq) -> None:
+        """The sequence is coming; its KV is not in place yet."""
+        self.sequences[seq.name] = seq
+        self._absent[seq] = None
+
+    def submit(self, seq: Seq) -> None:
+        """The KV of its first `prefix_tokens` is on this node: give it to the Batcher as soon as there are pages."""
+        if seq.is_cancelled or self.sequences.get(seq.name) is not seq:
+            return
+        self._waiting.append(seq)
+        self._serve_waiting()
+
+    def cancel(self, seq: Seq) -> None:
+        """Stop; what is in a step is released after it."""
+        if self.sequences.get(seq.name) is not seq:
+            return
+        seq.is_cancelled = True
+        if seq.is_submitted:
+            self._apply(Cancelled(seq.name))
+            return
+        if seq in self._waiting:
+            self._waiting.remove(seq)
+        self.memory.release(seq, ())
+        self._forget(seq)
+        self._settle()
+
+    def extend(self, seq: Seq, tokens: int) -> None:
+        """The stage before has computed the first `tokens`."""
+        if seq.is_cancelled or self.sequences.get(seq.name) is not seq:
+            return
+        seq.available = tokens
+        if seq.is_submitted:
+            self._apply(Extended(seq.name, tokens))
+
+    def pace(self, pauses: bool) -> None:
+        """Pause after each step for as long as it took, as long as a token still comes every `max_gap_s`; or do not."""
+        self._pauses = pauses
+        if self._step is not None:
+            self._cut()
+
+    def tick(self) -> None:
+        """Time passed; of interest to a Batcher that has work and no step, or too few pages."""
+        if self.sequences and (self._step is None or self.batcher.is_short):
+            self._apply(Tick())
+
+    def load(self) -> InstanceLoad:
+        """The queues now, with what waits for its KV or for pages, and what the pool could give."""
+        load = self.batcher.load()
+        absent = [seq for seq in self._absent if not seq.is_adopted and not seq.is_cancelled]
+        tokens = sum(seq.num_tokens - seq.prefix_tokens for seq in absent)
+        free = load.free_kv_tokens + self.memory.free_tokens
+        return replace(
+            load, waiting=load.waiting + len(absent), waiting_tokens=load.waiting_tokens + tokens, free_kv_tokens=free
+        )
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.sequences
+
+    @property
+    def is_computing(self) -> bool:
+        return self._step is not None
+
+    def die(self) -> None:
+        """The process is gone: passes that were complete have reached the client, nothing else happens here."""
+        self.is_up = False
+        self._number += 1
+        if self._step is not None:
+            passes = self._passes_by(self._agenda.now, whole=False)
+            if self._step.batch and passes:
+                seconds = self._lasts_s(passes)
+                self._decoding.end(passes, seconds, self._start_s + seconds)
+            self.busy_s += max(0.0, self._agenda.now - self._start_s)
+            self._step = None
+        if self._cores is not None:
+            self._cores.stop(self.info.id)
+        self._decoding.close()
+        self.decode_batch = 0
+        self.sequences.clear()
+        self.memory.lose()
+
+    # --- sequences and pages -----------------------------------------------------------------------------------
+
+    def _take_pages(self, seq: Seq) -> tuple[int, ...] | None:
+        if seq.is_adopted:
+            return self.memory.adopt(seq, seq.prefix_tokens, is_local=seq.attempt.offered is self.node)
+        return self.memory.place(seq, seq.prefix_tokens)
+
+    def _submit(self, seq: Seq, pages: tuple[int, ...]) -> None:
+        del self._absent[seq]
+        seq.is_submitted = True
+        if seq.is_adopted:
+            self._decoding.add(seq)
+            seq.attempt.offered = None
+        elif seq.num_tokens - seq.prefix_tokens == 1 and seq.stage is None:
+            self._decoding.add_single(seq)
+        self._apply(
+            Submitted(
+                request_id=seq.name,
+                num_tokens=seq.num_tokens,
+                num_computed=seq.prefix_tokens,
+                max_total_tokens=seq.job.total_tokens,
+                pages=pages,
+                hand_off=seq.hands_off,
+                rank=seq.rank,
+                share=seq.share,
+                available=seq.available,
+                is_stage=seq.stage is not None,
+            )
+        )
+
+    def _serve_waiting(self) -> None:
+        """In order of arrival, as far as there are pages. Nobody here to free any: the first can never run."""
+        while self._waiting:
+            pages = self._take_pages(self._waiting[0])
+            if pages is not None:
+                self._submit(self._waiting.popleft(), pages)
+            elif len(self.sequences) == len(self._absent) and self._step is None:
+                self._give_up(self._waiting.popleft(), "its KV does not fit into this instance")
+            else:
+                return
+
+    def _give_up(self, seq: Seq, error: str) -> None:
+        self.memory.release(seq, ())
+        self._forget(seq)
+        self._listener.failed(seq, error)
+
+    def _forget(self, seq: Seq) -> None:
+        """It has left; who was preempted longest ago may come back."""
+        del self.sequences[seq.name]
+        self._absent.pop(seq, None)
+        self._parked.pop(seq.name, None)
+        self._decoding.remove(seq)
+        self._num_left += 1
+
+    def _settle(self) -> None:
+        """After commands: pages may be free, and who was preempted longest ago may come back."""
+        if self._waiting:
+            self._serve_waiting()
+        num_left, self._num_left = self._num_left, 0
+        while num_left and self._parked:
+            num_left -= 1
+            name, seq = next(iter(self._parked.items()))
+            del self._parked[name]
+            self._readmit(seq)
+
+    def _readmit(self, seq: Seq) -> None:
+        """What was preempted is computed again from its tokens so far."""
+        seq.num_tokens = seq.job.known_tokens
+        seq.prefix_tokens = self.memory.open(seq) * self._block_tokens
+        self.submit(seq)
+
+    def _preempt(self, seq: Seq, pages: tuple[int, ...]) -> None:
+        self.memory.release(seq, pages)
+        self._decoding.remove(seq)
+        seq.is_submitted = seq.is_adopted = False
+        seq.num_tokens, seq.prefix_tokens = seq.job.known_tokens, 0
+        self._absent[seq] = None
+        self._parked[seq.name] = seq
+
+    # --- what the Batcher wants --------------------------------------------------------------------------------
+
+    def _apply(self, event: Event) -> None:
+        self._inbox.append(event)
+        if self._is_applying:
+            return
+        self._is_applying = True
+        while self._inbox:
+            if self._step is not None and self._step.repeats > 1:
+                self._cut()
+            for command in self.batcher.handle(self._inbox.popleft(), self._agenda.now):
+                self._carry_out(command)
+        self._is_applying = False
+        if self._told or self._handed or self._ended:
+            self._tell()
+        if self._waiting or self._parked:
+            self._settle()
+        else:
+            self._num_left = 0
+
+    def _carry_out(self, command: object) -> None:
+        kind = type(command)
+        if kind is Step:
+            self._begin(command)  # type: ignore[arg-type]
+        elif kind is Publish:
+            self.memory.publish(self.sequences[command.request_id], command.blocks)  # type: ignore[attr-defined]
+        elif kind is NeedPages:
+            self._inbox.append(PagesGranted(self.memory.reserve(command.count)))  # type: ignore[attr-defined]
+        elif kind is Release:
+            self._release(self.sequences[command.request_id], command.pages)  # type: ignore[attr-defined]
+        elif kind is HandOff:
+            seq = self.sequences[command.request_id]  # type: ignore[attr-defined]
+            self.memory.offer(seq, command.pages, self._agenda.now + OFFER_S)  # type: ignore[attr-defined]
+            self._forget(seq)
+            self._handed.append(seq)
+        elif kind is ReturnPages:
+            self.memory.revoke(command.pages)  # type: ignore[attr-defined]
+        elif kind is Preempt:
+            self._preempt(self.sequences[command.request_id], command.pages)  # type: ignore[attr-defined]
+        elif kind is Starved:
+            seq = self.sequences[command.request_id]  # type: ignore[attr-defined]
+            self.memory.release(seq, command.pages)  # type: ignore[attr-defined]
+            self._forget(seq)
+            self._listener.failed(seq, f"no KVCache block became free for {command.waited_s:.0f} s")  # type: ignore[attr-defined]
+        else:
+            raise AssertionError(f"the Batcher said {command!r}")
+
+    def _release(self, seq: Seq, pages: tuple[int, ...]) -> None:
+        self.memory.release(seq, pages)
+        self._forget(seq)
+        if not seq.is_cancelled and seq.stage is None:
+            self._ended.append(seq)
+
+    def _tell(self) -> None:
+        """First the tokens, then the hand-offs, as live."""
+        told, self._told = self._told, []
+        ended, self._ended = self._ended, []
+        handed, self._handed = self._handed, []
+        for seq in ended:
+            self._listener.finished(seq)
+        for seq in told:
+            if seq.is_decoding and not seq.is_cancelled:
+                self._listener.first_token(seq)
+        for seq in handed:
+            self._listener.handed_off(seq)
+
+    # --- steps -------------------------------------------------------------------------------------------------
+
+    def _begin(self, step: Step) -> None:
+        now = max(self._agenda.now, self._resumes_s)
+        self._step, self._start_s = step, now
+        self._passes = step.repeats if self._cores is None and not self._pauses else 1
+        self._number += 1
+        seconds = 0.0
+        for chunk in step.chunks:
+            seq = self.sequences[chunk.request_id]
+            seconds += self._costs.prefill_s(chunk.length, chunk.start) * seq.share
+            if not seq.is_started:
+                self._started(seq)
+        self.prefill_s += seconds
+        self.decode_batch = step.batch
+        if step.batch:
+            self._singles = self._decoding.begin(step.batch, now)
+            for seq in self._singles:
+                self._passes = 1
+                if not seq.is_started:
+                    self._started(seq)
+            pass_s = self._costs.decode_step_s(step.batch, step.context_tokens)
+            if self._passes > 1:
+                reach = step.context_tokens + step.batch * (step.repeats - 1)
+                self._growth_s = (self._costs.decode_step_s(step.batch, reach) - pass_s) / (step.repeats - 1)
+            else:
+                self._growth_s = 0.0
+            seconds += pass_s
+        self._first_s = seconds
+        if self._cores is None:
+            self._agenda.at(now + self._lasts_s(self._passes), self._end, self._number)
+        else:
+            self._agenda.at(now, self._compute, self._number)
+
+    def _compute(self, number: int) -> None:
+        """The step begins on cores that others use, too."""
+        if number == self._number:
+            assert self._cores is not None, "a device of its own needs no turn"
+            self._cores.run(self.info.id, self._first_s, is_low=self._is_low, then=self._end, argument=number)
+
+    def _started(self, seq: Seq) -> None:
+        seq.is_started = True
+        self._listener.prefill_started(seq)
+
+    def _lasts_s(self, passes: int) -> float:
+        """What so many passes of the present step take."""
+        return passes * self._first_s + 0.5 * passes * (passes - 1) * self._growth_s
+
+    def _passes_by(self, now: float, *, whole: bool) -> int:
+        """Passes of the present step that began (or, with `whole` false, ended) by now."""
+        elapsed_s, first_s, growth_s = max(0.0, now - self._start_s), self._first_s, self._growth_s
+        half = first_s - 0.5 * growth_s
+        if growth_s > 0:
+            passes = (math.sqrt(half * half + 2.0 * growth_s * elapsed_s) - half) / growth_s
+        else:
+            passes = elapsed_s / first_s if first_s else 0.0
+        return max(1, math.ceil(passes - 1e-9)) if whole else min(self._passes, math.floor(passes + 1e-9))
+
+    def _cut(self) -> None:
+        """Something has happened: end the step with the pass in flight."""
+        passes = self._passes_by(self._agenda.now, whole=True)
+        if passes < self._passes:
+            self._passes = passes
+            self._number += 1
+            self._agenda.at(self._start_s + self._lasts_s(passes), self._end, self._number)
+
+    def _end(self, number: int) -> None:
+        if number != self._number:
+            return
+        step = self._step
+        assert step is not None, "a step that ends is under way"
+        now, passes = self._agenda.now, self._passes
+        self.busy_s += now - self._start_s
+        self._step = None
+        if step.batch:
+            self._decoding.end(passes, now - self._start_s, now)
+        if self._pauses:
+            seconds = now - self._start_s if passes == 1 else self._first_s + (passes - 1) * self._growth_s
+            self._resumes_s = now + max(0.0, min(seconds, self._max_gap_s - seconds))
+        self._computed(step, now)
+        self._apply(StepDone((), passes))
+
+    def _computed(self, step: Step, now: float) -> None:
+        """Note the tokens that chunks gave; those of sequences that stay here are to be told to the hub."""
+        singles, self._singles = self._singles, []
+        for seq in singles:
+            self._sampled(seq, now)
+        for chunk in step.chunks:
+            seq = self.sequences[chunk.request_id]
+            if seq.stage is not None:
+                self._listener.stage_computed(seq, chunk.start + chunk.length)
+            elif chunk.samples:
+                self._sampled(seq, now)
+            elif chunk.start + chunk.length == seq.num_tokens - 1:
+                self._decoding.add_single(seq)
+
+    def _sampled(self, seq: Seq, now: float) -> None:
+        """The prompt, or all tokens so far, is computed, and the next one drawn."""
+        job = seq.job
+        if seq.is_cancelled:
+            return
+        if job.emitted:
+            job.gaps.append(single(now - job.last_token_s))
+        else:
+            job.first_token_s = now
+        job.emitted += 1
+        job.last_token_s = now
+        if not seq.hands_off and job.emitted < job.output_tokens:
+            self._decoding.add(seq)
+            self._told.append(seq)

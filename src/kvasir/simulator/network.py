@@ -1,0 +1,148 @@
+"""Bytes on their way: flows share the bandwidth of what they pass, in virtual time.
+
+A flow gets the least of its equal shares at the pipes it passes: the sender's out side and the receiver's in side, or one side
+of an SSD. That is less than max-min fair sharing gives (a share that another flow cannot use is lost), and it makes a
+start or an end change only the flows that share a pipe with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from kvasir.simulator.agenda import Agenda
+
+
+class Pipe:
+    """One direction of a NIC or of an SSD, in bytes per second. Each of its flows has a `share` of that, or less."""
+
+    __slots__ = ("bandwidth", "flows", "share")
+
+    def __init__(self, bandwidth: float):
+        self.bandwidth = bandwidth
+        self.share = bandwidth
+        self.flows: dict[Flow, None] = {}
+
+
+Pipes = tuple[Pipe] | tuple[Pipe, Pipe]
+"""What a flow passes: one side of an SSD, or a NIC's out side and another's in side."""
+
+
+class Flow:
+    """`left` bytes as of `since_s`, at `rate`, so that the last is sent at `ends_s`; `then` is called `latency_s` after that.
+
+    The agenda looks at it at `looks_s`, which is no later than `ends_s`. `fail` is for whoever breaks it.
+    """
+
+    __slots__ = ("ends_s", "fail", "is_active", "latency_s", "left", "looks_s", "pipes", "rate", "since_s", "then", "version")
+
+    def __init__(self, pipes: Pipes, num_bytes: float, latency_s: float, then: Callable[[Flow], None], now: float):
+        self.pipes = pipes
+        self.left = num_bytes
+        self.latency_s = latency_s
+        self.then = then
+        self.fail: Callable[[], None] | None = None
+        self.rate = 0.0
+        self.since_s = now
+        self.ends_s = self.looks_s = math.inf
+        self.version = 0
+        self.is_active = True
+
+
+class Network:
+    """All flows of a simulation."""
+
+    __slots__ = ("_agenda", "num_active", "num_bytes", "num_flows")
+
+    def __init__(self, agenda: Agenda):
+        self._agenda = agenda
+        self.num_flows = 0
+        self.num_active = 0
+        self.num_bytes = 0.0
+
+    def start(self, pipes: Pipes, num_bytes: float, then: Callable[[Flow], None], *, latency_s: float = 0.0) -> Flow:
+        flow = Flow(pipes, num_bytes, latency_s, then, self._agenda.now)
+        self.num_flows += 1
+        self.num_active += 1
+        self.num_bytes += num_bytes
+        for pipe in pipes:
+            pipe.flows[flow] = None
+        self._share(pipes)
+        return flow
+
+    def extend(self, flow: Flow, num_bytes: float) -> None:
+        """More bytes for an active flow."""
+        self.num_bytes += num_bytes
+        self._settle(flow)
+        flow.left += num_bytes
+        self._plan(flow)
+
+    def stop(self, flow: Flow) -> None:
+        """Void the flow, whether its bytes are sent or not: `then` is not called any more."""
+        flow.version += 1
+        if flow.is_active:
+            self._leave(flow)
+
+    def set_bandwidth(self, pipe: Pipe, bandwidth: float) -> None:
+        pipe.bandwidth = bandwidth
+        self._share((pipe,))
+
+    def ends_s(self, flow: Flow) -> float:
+        """When the flow will have arrived, as things are."""
+        if not flow.is_active:
+            return self._agenda.now
+        return flow.ends_s + flow.latency_s
+
+    def _share(self, pipes: Pipes) -> None:
+        """Give every flow through one of these pipes the rate that it has now."""
+        for pipe in pipes:
+            pipe.share = pipe.bandwidth / max(1, len(pipe.flows))
+        for pipe in pipes:
+            for flow in pipe.flows:
+                rate = min(flow.pipes[0].share, flow.pipes[-1].share)
+                if rate != flow.rate:
+                    self._settle(flow)
+                    flow.rate = rate
+                    self._plan(flow)
+
+    def _settle(self, flow: Flow) -> None:
+        now = self._agenda.now
+        flow.left = max(0.0, flow.left - flow.rate * (now - flow.since_s))
+        flow.since_s = now
+
+    def _plan(self, flow: Flow) -> None:
+        """Rates fall as often as they rise: a later end is planned only when the earlier one has come."""
+        flow.ends_s = self._agenda.now + flow.left / flow.rate
+        if flow.ends_s < flow.looks_s:
+            flow.version += 1
+            self._look(flow)
+
+    def _look(self, flow: Flow) -> None:
+        flow.looks_s = flow.ends_s
+        self._agenda.at(flow.ends_s, self._sent, (flow, flow.version))
+
+    def _sent(self, planned: tuple[Flow, int]) -> None:
+        flow, version = planned
+        if flow.version != version:
+            return
+        if flow.ends_s > self._agenda.now:
+            self._look(flow)
+            return
+        self._leave(flow)
+        if flow.latency_s:
+            self._agenda.at(self._agenda.now + flow.latency_s, self._arrived, planned)
+        else:
+            flow.then(flow)
+
+    def _arrived(self, planned: tuple[Flow, int]) -> None:
+        flow, version = planned
+        if flow.version == version:
+            flow.then(flow)
+
+    def _leave(self, flow: Flow) -> None:
+        flow.is_active = False
+        self.num_active -= 1
+        flow.left = 0.0
+        for pipe in flow.pipes:
+            del pipe.flows[flow]
+        self._share(flow.pipes)

@@ -1,0 +1,140 @@
+"""One node in virtual time: the brain of its pool, and the pipes of its network and SSD."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from kvasir.core.events import BlocksRemoved, BlocksStored, Event, Inventory
+from kvasir.core.keys import BlockKey
+from kvasir.core.pool_events import (
+    KeyedSlot,
+    LeaseBlocks,
+    Leased,
+    Loaded,
+    Loading,
+    OwnerJoined,
+    PoolEvent,
+    PutEnd,
+    PutStart,
+    Refused,
+    ReleaseLease,
+    Removed,
+    Reserved,
+    Spill,
+    SpillDone,
+    SsdBlock,
+    SsdFound,
+    Stored,
+)
+from kvasir.core.tier import Tier
+from kvasir.pool.node import PoolNode
+from kvasir.simulator.agenda import Agenda
+from kvasir.simulator.network import Flow, Network, Pipe
+from kvasir.simulator.spec import NodeSpec
+
+MESSENGER = "messenger"
+"""Owner of what a node's pool does for other nodes: it reads what they fetch and writes what they send."""
+
+Answer = Reserved | Leased | Loading | Loaded | Refused | None
+
+
+class SimNode:
+    """Does what cluster/pool_host.py does, without an arena: feeds the brain and tells the conductor of blocks.
+
+    Its SSD writes and reads share bandwidth like flows in a network, and keep their blocks when the node crashes.
+    """
+
+    def __init__(
+        self,
+        spec: NodeSpec,
+        make_pool: Callable[[], PoolNode],
+        *,
+        block_bytes: float,
+        agenda: Agenda,
+        network: Network,
+        tell: Callable[[Event], None],
+    ):
+        self.spec = spec
+        self._block_bytes = block_bytes
+        self._network = network
+        self._on_ssd: dict[int, SsdBlock] = {}
+        self.outgoing = Pipe(spec.network_bandwidth)
+        self.incoming = Pipe(spec.network_bandwidth)
+        self.ssd_out = Pipe(spec.ssd_read_bandwidth)
+        self.ssd_in = Pipe(spec.ssd_write_bandwidth)
+        self._make_pool = make_pool
+        self._agenda = agenda
+        self._tell = tell
+        self._seq = 0
+        self.start()
+
+    def start(self) -> None:
+        """With empty DRAM, and what an earlier life left on the SSD."""
+        self.is_up = True
+        self.pool = self._make_pool()
+        self._seq = 0
+        self.handle(OwnerJoined(MESSENGER, 0))
+        if self._on_ssd:
+            self.handle(SsdFound(MESSENGER, 0, tuple(self._on_ssd.values())))
+
+    def stop(self) -> None:
+        """Crash: of what is on the SSD, remember what can be read, the oldest first."""
+        self.is_up = False
+        by_key = {block.key: block for block in self._on_ssd.values()}
+        kept = [by_key[key] for key in self.pool.inventory(Tier.SSD)]
+        self._on_ssd = {block.ssd_slot: block for block in kept}
+
+    def handle(self, event: PoolEvent) -> Answer:
+        """The answer for the owner that asked; None when there is nothing to say."""
+        answer: Answer = None
+        for said in self.pool.handle(event, self._agenda.now):
+            kind = type(said)
+            if kind is Stored:
+                self._seq += 1
+                self._tell(BlocksStored(self.spec.id, self._seq, said.keys, said.tier))  # type: ignore[attr-defined]
+            elif kind is Removed:
+                self._seq += 1
+                self._tell(BlocksRemoved(self.spec.id, self._seq, said.keys, said.tier))  # type: ignore[attr-defined]
+            elif kind is Spill:
+                self._write(said)  # type: ignore[arg-type]
+            else:
+                answer = said  # type: ignore[assignment]
+        return answer
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that can be read here."""
+        return self.pool.stats().published
+
+    def inventory(self) -> Inventory:
+        return Inventory(self.spec.id, self._seq, self.pool.inventory(), self.pool.inventory(Tier.SSD))
+
+    def _write(self, spill: Spill) -> None:
+        block = SsdBlock(spill.key, spill.ssd_slot, spill.depth)
+        self._on_ssd.pop(spill.ssd_slot, None)
+
+        def written(_: Flow) -> None:
+            self._on_ssd[block.ssd_slot] = block
+            self.handle(SpillDone(MESSENGER, 0, block.ssd_slot, True))
+
+        self._network.start((self.ssd_in,), self._block_bytes, written)
+
+    # --- on behalf of others -----------------------------------------------------------------------------------
+
+    def lend(self, lease: str, keys: tuple[BlockKey, ...]) -> int:
+        """Open a lease for a reader elsewhere over the longest prefix of `keys` that is here; its blocks."""
+        answer = self.handle(LeaseBlocks(MESSENGER, 0, lease, keys))
+        return len(answer.slots) if isinstance(answer, Leased) else 0
+
+    def close(self, lease: str) -> None:
+        """Close a lease of the messenger, or one on offer."""
+        self.handle(ReleaseLease(MESSENGER, 0, lease))
+
+    def put(self, owner: str, epoch: int, lease: str, keys: Sequence[BlockKey]) -> list[int]:
+        """Publish blocks that have arrived, under a lease of the owner; their slots, fewer when the pool is full."""
+        reserved = self.handle(PutStart(owner, epoch, len(keys)))
+        if not isinstance(reserved, Reserved) or not reserved.slots:
+            return []
+        blocks = tuple([KeyedSlot(key, slot) for key, slot in zip(keys, reserved.slots, strict=False)])
+        self.handle(PutEnd(owner, epoch, lease, blocks))
+        return list(reserved.slots)

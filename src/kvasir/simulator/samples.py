@@ -1,0 +1,53 @@
+"""The state of a simulated cluster now and then, for plots."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from msgspec import Struct
+
+from kvasir.core.keys import BlockKey
+from kvasir.core.request import Role
+
+
+class Sample(Struct, frozen=True):
+    """At `at_s`. Instances and nodes are in order of their ids, as in `Run.instances` and `Run.nodes`.
+
+    `wait_s`: predicted seconds of prefill queued; NaN-free, 0 for an instance that is down. `hot_replicas`: on how many nodes
+    each of the most hit blocks is, the most hit first.
+    """
+
+    at_s: float
+    arrived: int
+    rejected: int
+    wait_s: tuple[float, ...]
+    decode_batch: tuple[int, ...]
+    roles: tuple[Role, ...]
+    pool_blocks: tuple[int, ...]
+    hot_replicas: tuple[int, ...]
+
+
+class HotBlocks:
+    """The blocks hit most so far. Counts only grow, so the next top is among the last one and what was hit since."""
+
+    __slots__ = ("_count", "_hits", "_since", "_top")
+
+    def __init__(self, count: int):
+        self._count = count
+        self._hits: Counter[BlockKey] = Counter()
+        self._since: set[BlockKey] = set()
+        self._top: list[BlockKey] = []
+
+    def hit(self, keys: Iterable[BlockKey]) -> None:
+        if self._count:
+            self._hits.update(keys)
+            self._since.update(keys)
+
+    def top(self) -> list[BlockKey]:
+        """The most hit first; ties by key."""
+        hits = self._hits
+        candidates = self._since.union(self._top)
+        self._top = sorted(candidates, key=lambda key: (-hits[key], key))[: self._count]
+        self._since.clear()
+        return self._top
