@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check format bench clean
+.PHONY: help setup demo serve test check format bench figures clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -41,6 +41,10 @@ format: setup ## rewrite the code in the house format
 
 bench: setup ## measure this machine; results in benchmarks/results
 	$(BIN)/python -m benchmarks.run
+
+TRACE ?= synthetic:conversation
+figures: setup ## redraw the papers' figures in docs/results; TRACE=FILE for the conversation trace
+	$(BIN)/kvasir bench paper --trace $(TRACE) --out docs/results
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist
