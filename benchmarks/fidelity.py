@@ -256,7 +256,7 @@ def main() -> None:
             "date": date.today().isoformat(),
             "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
             "load_average_before": busy,
-            "command": " ".join(sys.argv),
+            "command": " ".join(["python -m benchmarks.fidelity", *sys.argv[1:]]),
             "layouts": tables,
         }
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")

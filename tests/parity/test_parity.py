@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from random import Random
 
 import msgspec
@@ -14,14 +13,13 @@ from kvasir.core.commands import Decision
 from kvasir.core.request import Slo
 from kvasir.scheduling.strategy import Strategy, strategy
 from kvasir.workload import scaling
-from kvasir.workload.trace import Trace, read_trace
+from kvasir.workload.trace import Trace
 from tests.cluster.harness import BLOCK
 from tests.parity.both import Case, conversations, lived, simulated
 
 TOLERANCE_S = 1e-6
 """Passes of a repeated decode step end where their sum says, not one after another; the rest is rounding."""
 
-TRACE = Path("/work/shared/traces/conversation_trace.jsonl")
 TIGHT = Slo(ttft_s=0.3, tbt_s=0.02)
 
 SCHEDULERS = {
@@ -77,19 +75,17 @@ def test_a_pool_that_must_evict_does_so_alike(eviction: str) -> None:
     assert_same(live, simulated(case, trace, max_repeats=1 << 20))
 
 
-@pytest.mark.skipif(not TRACE.exists(), reason=f"{TRACE} is not here: the published conversation trace")
 @pytest.mark.parametrize("split", ["1P1D", "2P2D1M"])
 @pytest.mark.parametrize("parts", [strategy("mooncake"), strategy("kvasir")], ids=lambda parts: parts.name)
-def test_both_bodies_decide_alike_on_published_traffic(split: str, parts: Strategy) -> None:
-    case, trace = Case(split, parts, Slo(2.0, 0.02), num_slots=16384), published(count=200)
+def test_both_bodies_decide_alike_on_published_traffic(split: str, parts: Strategy, real_trace: Trace) -> None:
+    case, trace = Case(split, parts, Slo(2.0, 0.02), num_slots=16384), beginning(real_trace, count=200)
     live = lived(case, trace)
     assert len(live) == len(trace.requests)
     assert_same(live, simulated(case, trace, max_repeats=1 << 20))
 
 
-def published(count: int) -> Trace:
-    """The beginning of the trace at 1/32 of its lengths and thrice its rate, spread over its stamps, from 1 s on."""
-    with TRACE.open("rb") as lines:
-        trace = scaling.limit(read_trace(lines), count)
+def beginning(trace: Trace, count: int) -> Trace:
+    """Its first requests at 1/32 of their lengths and thrice the rate, spread over its stamps, from 1 s on."""
+    trace = scaling.limit(trace, count)
     trace = scaling.speed(scaling.jitter(scaling.scale_length(trace, BLOCK / trace.block_tokens), Random(0), width_s=3.0), 3.0)
     return replace(trace, requests=tuple(replace(r, arrival_s=r.arrival_s + 1.0) for r in trace.requests))

@@ -10,9 +10,6 @@ from kvasir.pool.policies import EVICTIONS
 from kvasir.pool.replay import CacheReplay
 from kvasir.workload.cache_model import HitRate, hit_rates, lru_hit_rate
 from kvasir.workload.trace import Trace, TraceRequest
-from tests.workload.conftest import real_trace
-
-__all__ = ["real_trace"]
 
 SECONDS = block_seconds(reference_cost(), 512)
 

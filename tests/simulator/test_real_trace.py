@@ -5,7 +5,6 @@ share a NIC (with endless bandwidth: 10 % above); both were tried.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,18 +12,8 @@ import pytest
 from kvasir.core.request import Slo
 from kvasir.scheduling.strategy import strategy
 from kvasir.simulator import SimConfig, Simulation
-from kvasir.workload.trace import Trace, read_trace
+from kvasir.workload.trace import Trace
 from tests.simulator.paper import paper_cluster
-
-_TRACE = Path(__file__).parents[3] / "shared" / "traces" / "conversation_trace.jsonl"
-
-
-@pytest.fixture(scope="module")
-def real_trace() -> Trace:
-    if not _TRACE.exists():
-        pytest.skip("the conversation trace is not here")
-    with _TRACE.open("rb") as lines:
-        return read_trace(lines)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from kvasir.workload.trace import Trace, read_trace
 
-_BESIDE_THE_REPOSITORY = Path(__file__).parents[3] / "shared" / "traces" / "conversation_trace.jsonl"
+_BESIDE_THE_REPOSITORY = Path(__file__).parents[2] / "shared" / "traces" / "conversation_trace.jsonl"
 
 
 @pytest.fixture(scope="session")
