@@ -11,17 +11,16 @@ Sections: `main` (ours against Mooncake's Algorithm 1 at static ratios), `peers`
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import random
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cache
-from multiprocessing import get_context
+from functools import cache, partial
 from pathlib import Path
 
+from kvasir.cli.bench.processes import results_of
+from kvasir.cli.collector import collector_paused
 from kvasir.cli.simulate.inputs import find_cluster, load_trace, objectives
 from kvasir.report.slo import Attainment
 from kvasir.scheduling.strategy import Strategy, strategy
@@ -117,12 +116,10 @@ def search(source: str, row: Row) -> dict[str, object]:
     """The row with its capacity; None when even the lowest speed fails."""
     trace, slo = trace_of(source, row.seed), objectives(row.ttft, "100ms")
     cluster, chosen = find_cluster(CLUSTER, row.split), scheduler(row)
-    gc.disable()
 
     def evaluate(speed: float) -> Attainment:
-        attained = simulate(scaling.speed(trace, speed), cluster, chosen, slo=slo, config=SimConfig(sample_s=0.0)).attained
-        gc.collect()
-        return attained
+        with collector_paused():
+            return simulate(scaling.speed(trace, speed), cluster, chosen, slo=slo, config=SimConfig(sample_s=0.0)).attained
 
     found = find_capacity(evaluate, start=START[row.ttft], resolution=RESOLUTION)
     return asdict(row) | {"capacity": found.speed, "probes": len(found.probes)}
@@ -161,12 +158,12 @@ def main() -> None:
         print("\n".join(tables(known)))
         return
     results = [row for row in known if row["section"] not in asked.sections]
-    with ProcessPoolExecutor(asked.jobs, mp_context=get_context("spawn")) as pool:
-        pending = [pool.submit(search, asked.trace, row) for row in rows(asked.sections)]
-        for future in pending:
-            result = future.result()
-            results.append(result)
-            print("{section:8} {ttft:6} {name:45} seed {seed}: {capacity}".format(**result), file=sys.stderr, flush=True)
+    tasks = {row: partial(search, asked.trace, row) for row in rows(asked.sections)}
+
+    def on_done(count: int, row: Row) -> None:
+        print(f"{count}/{len(tasks)} {row.section} {row.name}, TTFT {row.ttft}, seed {row.seed}", file=sys.stderr, flush=True)
+
+    results += results_of(tasks, asked.jobs, on_done).values()
     results.sort(key=lambda row: SECTIONS.index(str(row["section"])))
     RESULTS.write_text(json.dumps({"benchmark": "capacity", "cluster": CLUSTER, "rows": results}, indent=1) + "\n")
     print("\n".join(tables(results)))

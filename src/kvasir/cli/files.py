@@ -1,12 +1,28 @@
-"""Files that a command writes: checked before the work, written after it."""
+"""The trace that a command reads, and files that it writes: checked before the work, written after it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
-from kvasir.core.errors import ConfigError
+from kvasir.core.errors import ConfigError, TraceError
+from kvasir.workload.source import is_synthetic, synthesise
+from kvasir.workload.trace import Trace
+
+
+def trace_from(source: str, read: Callable[[BinaryIO], Trace]) -> Trace:
+    """A trace file as `read` understands it, or a synthetic trace by name. Raises TraceError or ConfigError."""
+    if is_synthetic(source):
+        return synthesise(source)
+    try:
+        with open(source, "rb") as lines:
+            return read(lines)
+    except OSError as error:
+        raise TraceError(
+            f"cannot read trace {source}: {error.strerror}; a file, or for example synthetic:conversation"
+        ) from None
 
 
 def check_writable(*paths: Path | None, reads: Iterable[str | None] = ()) -> None:

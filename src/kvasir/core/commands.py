@@ -32,6 +32,11 @@ class Candidate(Struct, frozen=True):
     group: tuple[str, ...] = ()
 
     @property
+    def members(self) -> tuple[str, ...]:
+        """All instances that prefill."""
+        return self.group or (self.instance,)
+
+    @property
     def ttft_s(self) -> float:
         return self.wait_s + self.transfer_s + self.prefill_s
 

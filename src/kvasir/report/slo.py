@@ -60,7 +60,12 @@ def ttft_limit_s(record: RequestRecord, slo: Slo | ScaledSlo) -> float:
         return slo.ttft_s
     if record.unloaded_prefill_s is None:
         raise ConfigError(f"scaled SLO: request {record.id} has no unloaded_prefill_s; give a cost model or use a flat SLO")
-    return float(_limit_s(record.unloaded_prefill_s, slo))
+    return scaled_limit_s(record.unloaded_prefill_s, slo)
+
+
+def scaled_limit_s(unloaded_prefill_s: float, slo: ScaledSlo) -> float:
+    """The TTFT that a request of so many unloaded, uncached prefill seconds may take."""
+    return float(_limit_s(unloaded_prefill_s, slo))
 
 
 def is_effective(record: RequestRecord, slo: Slo | ScaledSlo) -> bool:

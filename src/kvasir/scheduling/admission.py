@@ -13,7 +13,7 @@ from kvasir.core.commands import Candidate
 from kvasir.core.request import Request, Slo
 from kvasir.core.units import format_duration
 from kvasir.costs.model import CostModel
-from kvasir.report.slo import ScaledSlo
+from kvasir.report.slo import ScaledSlo, scaled_limit_s
 from kvasir.scheduling.decode_choice import DecodeChoice
 
 MEMORY = 1000
@@ -209,7 +209,7 @@ def ttft_limit_s(slo: Slo | ScaledSlo, num_prompt_tokens: int, costs: CostModel)
     """The TTFT that a prompt of this length may take."""
     if isinstance(slo, Slo):
         return slo.ttft_s
-    return max(slo.ttft_floor_s, slo.ttft_factor * costs.prefill_s(num_prompt_tokens, 0))
+    return scaled_limit_s(costs.prefill_s(num_prompt_tokens, 0), slo)
 
 
 def late_first_token(plan: Plan, slo: Slo | ScaledSlo, costs: CostModel) -> Refusal | None:

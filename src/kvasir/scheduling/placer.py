@@ -8,7 +8,7 @@ from random import Random
 
 from msgspec import Struct, structs
 
-from kvasir.core.commands import Candidate, Decision
+from kvasir.core.commands import Decision
 from kvasir.core.errors import ConfigError
 from kvasir.core.request import Request, Slo
 from kvasir.costs.model import CostModel
@@ -165,7 +165,7 @@ class Placer:
         self._foresee(choice.chosen.ttft_s)
         decode = self._rules.decode(view, choice.chosen, self.kv_tokens(request))
         chosen = choice.chosen
-        work_s = view.prefill_s(chosen.prefix_tokens) / len(members(chosen))
+        work_s = view.prefill_s(chosen.prefix_tokens) / len(chosen.members)
         return Proposal(choice, decode, self._decision(request, choice, decode, now), rank, due_s, work_s)
 
     def decode_only(self, request: Request, now: float, avoid: frozenset[str]) -> DecodeChoice:
@@ -231,7 +231,7 @@ class Placer:
             decode=decode,
             waited_s=max(0.0, now - request.arrival_s),
             expected_output_tokens=self.expected_output(request),
-            spare_s=min(self._fleet.spare_s(name, now, proposal.rank) for name in members(candidate)),
+            spare_s=min(self._fleet.spare_s(name, now, proposal.rank) for name in candidate.members),
             outlook=self._fleet.outlook(decode.instance, now + candidate.ttft_s),
         )
 
@@ -270,8 +270,3 @@ class Placer:
             batch=decode.batch,
             has_room=decode.fits,
         )
-
-
-def members(candidate: Candidate) -> tuple[str, ...]:
-    """All instances that a plan occupies."""
-    return candidate.group or (candidate.instance,)

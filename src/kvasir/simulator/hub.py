@@ -124,7 +124,7 @@ class SimHub:
             self._abandon(job.attempt)
         self._num_runs += 1
         attempt = job.attempt = Attempt(job, f"{job.id}#{self._num_runs}", command.decode)
-        group = command.candidate.group or (command.instance,)
+        group = command.candidate.members
         share = 1.0 / len(group)
         for place, instance in enumerate(group):
             name = attempt.name if place == len(group) - 1 else f"{attempt.name}/{place}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import signal
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TypeVar
+
+from kvasir.cli.collector import collector_paused
 
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
@@ -44,12 +45,8 @@ def _one_by_one(tasks: Mapping[Key, Callable[[], Result]], on_done: Callable[[in
 
 
 def _run(task: Callable[[], Result]) -> Result:
-    gc.disable()  # a simulation makes no cycles worth looking for while it runs, and is one when it has ended
-    try:
+    with collector_paused():
         return task()
-    finally:
-        gc.enable()
-        gc.collect()
 
 
 def _ignore_interrupts() -> None:

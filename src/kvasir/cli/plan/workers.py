@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import pickle
@@ -14,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 
+from kvasir.cli.collector import collector_paused
 from kvasir.core.errors import ClusterError
 from kvasir.simulator.planner import Evaluate, Figures, Player, RunSpec
 
@@ -76,9 +76,5 @@ def _begin(path: Path) -> None:
 
 
 def _play(run: RunSpec) -> Figures:
-    gc.disable()  # a simulation makes no cycles worth looking for while it runs, and is one big cycle afterwards
-    try:
+    with collector_paused():
         return _player.play(run)
-    finally:
-        gc.enable()
-        gc.collect()

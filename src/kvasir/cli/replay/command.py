@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from kvasir.cli.files import check_writable, write
 from kvasir.cli.replay.completion import Endpoint
 from kvasir.cli.replay.http import Server
 from kvasir.cli.replay.load import Progress, Target, run_load
@@ -74,7 +75,7 @@ def replay(
         ignore_eos=ignore_eos,
         slo=Slo(parse_duration(slo_ttft), parse_duration(slo_tbt)),
     )
-    _check_writable(save_result, save_requests)
+    check_writable(save_result, save_requests)
     outcome = asyncio.run(_replay(plan))
     _write(outcome, as_json=json, save_result=save_result, save_requests=save_requests)
     if outcome.load.was_stopped:
@@ -144,30 +145,15 @@ def _interrupts() -> Iterator[asyncio.Event]:
         loop.remove_signal_handler(signal.SIGINT)
 
 
-def _check_writable(*paths: Path | None) -> None:
-    """Fail before the load, not after it."""
-    for path in paths:
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError(f"cannot write {path}: no such directory")
-
-
 def _write(outcome: Outcome, *, as_json: bool, save_result: Path | None, save_requests: Path | None) -> None:
     result = msgspec.json.format(msgspec.json.encode(outcome.to_json()))
     for warning in outcome.warnings():
         _note(warning)
     typer.echo(result if as_json else outcome.table())
     if save_result is not None:
-        _save(save_result, [result, b"\n"])
+        write(save_result, [result, b"\n"])
     if save_requests is not None:
-        _save(save_requests, outcome.request_lines())
-
-
-def _save(path: Path, pieces: Iterable[bytes]) -> None:
-    try:
-        with path.open("wb") as file:
-            file.writelines(pieces)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+        write(save_requests, outcome.request_lines())
 
 
 def _note(text: str) -> None:

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from kvasir.cli.files import trace_from
 from kvasir.core.errors import TraceError
 from kvasir.workload import scaling
-from kvasir.workload.source import is_synthetic, synthesise
 from kvasir.workload.trace import Trace, TraceRequest, read_trace
 
 
@@ -30,15 +30,7 @@ class Fit:
 
 def load_trace(source: str) -> Trace:
     """A Mooncake trace file, or a synthetic trace by name. Raises TraceError or ConfigError."""
-    if is_synthetic(source):
-        return synthesise(source)
-    try:
-        with open(source, "rb") as lines:
-            return read_trace(lines)
-    except OSError as error:
-        raise TraceError(
-            f"cannot read trace {source}: {error.strerror}; a file, or for example synthetic:conversation"
-        ) from None
+    return trace_from(source, read_trace)
 
 
 def shaped(trace: Trace, shape: Shape) -> Trace:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import shlex
 import sys
@@ -15,6 +14,7 @@ import msgspec
 import typer
 
 from kvasir import simulator
+from kvasir.cli.collector import collector_paused
 from kvasir.cli.files import check_writable, write
 from kvasir.cli.simulate.inputs import duration, faults_for, find_cluster, load_trace, objectives
 from kvasir.cli.simulate.outcome import Outcome, trace_notes
@@ -151,7 +151,7 @@ class _Plan:
         """The run at `speed`, and the seconds that it took."""
         trace = scaling.speed(self.trace, speed)
         config = SimConfig(sample_s=max(trace.span_s / _NUM_SAMPLES, 0.1)) if self.with_samples else _NO_SAMPLES
-        with shown(f"{speed:g}x") as show:
+        with shown(f"{speed:g}x") as show, collector_paused():
             started = time.perf_counter()
             run = self._simulate(trace, config, show, "")
             return run, time.perf_counter() - started
@@ -161,7 +161,8 @@ class _Plan:
 
             def evaluate(speed: float) -> Attainment:
                 trace = scaling.speed(self.trace, speed)
-                return self._simulate(trace, _NO_SAMPLES, show, f"capacity: {speed:g}x").attained
+                with collector_paused():
+                    return self._simulate(trace, _NO_SAMPLES, show, f"capacity: {speed:g}x").attained
 
             return find_capacity(evaluate)
 
@@ -171,20 +172,16 @@ class _Plan:
 
     def _simulate(self, trace: Trace, config: SimConfig, show: Show, text: str) -> Run:
         total = len(trace.requests)
-        gc.disable()  # a simulation makes no cycles worth looking for
-        try:
-            return simulator.simulate(
-                trace,
-                self.cluster,
-                self.strategy,
-                slo=self.slo,
-                seed=self.seed,
-                faults=self.faults(trace),
-                config=config,
-                on_progress=lambda ended: show(ended / total, text),
-            )
-        finally:
-            gc.enable()
+        return simulator.simulate(
+            trace,
+            self.cluster,
+            self.strategy,
+            slo=self.slo,
+            seed=self.seed,
+            faults=self.faults(trace),
+            config=config,
+            on_progress=lambda ended: show(ended / total, text),
+        )
 
 
 def _load(source: str, rate: float | None, seed: int, tokenizer: Path | None) -> Trace:

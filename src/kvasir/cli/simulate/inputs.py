@@ -11,7 +11,8 @@ import msgspec
 from msgspec import Struct
 
 from kvasir.cli.costs import load_profile
-from kvasir.core.errors import ConfigError, TraceError
+from kvasir.cli.files import trace_from
+from kvasir.core.errors import ConfigError
 from kvasir.core.request import Slo
 from kvasir.core.units import parse_duration
 from kvasir.costs.shape import ModelShape
@@ -21,7 +22,7 @@ from kvasir.simulator.clusters import load_cluster, with_split
 from kvasir.simulator.faults import Fault, check_faults, fault_plan
 from kvasir.simulator.spec import ClusterSpec
 from kvasir.workload.readers import Options, read_any
-from kvasir.workload.source import is_synthetic, synthesise
+from kvasir.workload.source import is_synthetic
 from kvasir.workload.trace import Trace
 
 SCALED = "scaled"
@@ -38,18 +39,10 @@ def load_trace(source: str, *, rate: float = 1.0, seed: int = 0, tokenizer: Path
 
     `rate`, `seed` and the checkpoint directory `tokenizer` serve formats without arrival times or token counts.
     """
-    if is_synthetic(source):
-        return synthesise(source)
     options = Options(rate=rate, seed=seed)
-    if tokenizer is not None:
+    if tokenizer is not None and not is_synthetic(source):
         options = Options(rate=rate, seed=seed, count_tokens=_counter(tokenizer))
-    try:
-        with open(source, "rb") as lines:
-            return read_any(lines, options)
-    except OSError as error:
-        raise TraceError(
-            f"cannot read trace {source}: {error.strerror}; a file, or for example synthetic:conversation"
-        ) from None
+    return trace_from(source, lambda lines: read_any(lines, options))
 
 
 def find_cluster(name: str, split: str | None = None) -> ClusterSpec:
