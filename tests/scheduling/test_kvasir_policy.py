@@ -32,7 +32,6 @@ def view(
     return ClusterView(
         prefills=PrefillColumns(
             ids=tuple(f"p{i}" for i in range(count)),
-            nodes=tuple(f"n{i}" for i in range(count)),
             wait_s=np.array([wait_s for wait_s, _ in rows]),
             pace=np.array(pace or [1.0] * count),
             prefix_tokens=np.array(prefix, dtype=np.int64),

@@ -47,7 +47,6 @@ def cluster(
     return ClusterView(
         prefills=PrefillColumns(
             ids=ids,
-            nodes=tuple(f"n{i}" for i in range(count)),
             wait_s=np.array(wait_s or [0.0] * count),
             pace=np.ones(count),
             prefix_tokens=ints(prefix),

@@ -30,7 +30,6 @@ def view(
     return ClusterView(
         prefills=PrefillColumns(
             ids=tuple(f"p{i}" for i in range(count)),
-            nodes=tuple(f"n{i}" for i in range(count)),
             wait_s=np.array([wait_s for wait_s, _ in prefills], dtype=float),
             pace=np.ones(count),
             prefix_tokens=prefix,
@@ -168,7 +167,6 @@ def test_ours_decodes_where_the_batch_will_be_small_when_the_prefill_is_done() -
     """d0 has four who leave within 10 s, d1 three who have yet to come."""
     columns = DecodeColumns(
         ids=("d0", "d1"),
-        nodes=("d0", "d1"),
         batch=np.array([4, 3]),
         context_tokens=np.array([4000, 3000]),
         free_kv_tokens=np.array([6000, 7000]),

@@ -17,7 +17,6 @@ def decode_columns(*rows: tuple[str, int, int, int]) -> DecodeColumns:
     free = column(*(free for _, _, _, free in rows))
     return DecodeColumns(
         ids=ids,
-        nodes=ids,
         batch=batch,
         context_tokens=context,
         free_kv_tokens=free,

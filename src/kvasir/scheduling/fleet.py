@@ -157,9 +157,9 @@ class Fleet:
         prefix_tokens = deep_tokens = self._on_nodes(match, match.runs, block_tokens)[rows]
         if match.runs_any != match.runs:
             deep_tokens = self._on_nodes(match, match.runs_any, block_tokens)[rows]
-        names = self._prefill_names if rows is self._prefill_rows else self._names(rows)
+        ids = self._prefill_ids if rows is self._prefill_rows else self._ids_of(rows)
         return PrefillColumns(
-            *names,
+            ids=ids,
             wait_s=self._wait_s(rows, now, rank),
             pace=self._book[4, rows],
             prefix_tokens=prefix_tokens,
@@ -174,9 +174,9 @@ class Fleet:
     def decode_columns(self, avoid: frozenset[str], *, stays_s: float) -> DecodeColumns:
         """Instances that can decode, as above."""
         rows = self._without(self._decode_rows, avoid)
-        names = self._decode_names if rows is self._decode_rows else self._names(rows)
+        ids = self._decode_ids if rows is self._decode_rows else self._ids_of(rows)
         return DecodeColumns(
-            *names,
+            ids=ids,
             batch=self._batch[rows],
             context_tokens=self._context[rows],
             free_kv_tokens=self._free_kv[rows],
@@ -342,12 +342,11 @@ class Fleet:
         self._prefill_rows = _rows_where(i.info.role.can_prefill for i in self._rows)
         self._decode_rows = _rows_where(i.info.role.can_decode for i in self._rows)
         self._can_decode: Bools = np.array([i.info.role.can_decode for i in self._rows], dtype=np.bool_)
-        self._prefill_names = self._names(self._prefill_rows)
-        self._decode_names = self._names(self._decode_rows)
+        self._prefill_ids = self._ids_of(self._prefill_rows)
+        self._decode_ids = self._ids_of(self._decode_rows)
 
-    def _names(self, rows: Ints) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        listed = rows.tolist()
-        return tuple(self._ids[row] for row in listed), tuple(self._rows[row].info.node for row in listed)
+    def _ids_of(self, rows: Ints) -> tuple[str, ...]:
+        return tuple(self._ids[row] for row in rows.tolist())
 
     def _booked(self, known: Instance) -> None:
         row, book = known.row, known.book

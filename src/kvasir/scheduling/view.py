@@ -29,7 +29,6 @@ class PrefillColumns(Struct, frozen=True):
     """
 
     ids: tuple[str, ...]
-    nodes: tuple[str, ...]
     wait_s: Floats
     pace: Floats
     prefix_tokens: Ints
@@ -51,7 +50,6 @@ class DecodeColumns(Struct, frozen=True):
     """
 
     ids: tuple[str, ...]
-    nodes: tuple[str, ...]
     batch: Ints
     context_tokens: Ints
     free_kv_tokens: Ints
