@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 import msgspec
 from msgspec import Meta, Struct
 
+from kvasir.cluster.wire import split_address
 from kvasir.core.errors import ConfigError
 from kvasir.core.units import parse_duration, parse_size
 
@@ -38,6 +39,14 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     decode: Annotated[int | None, _about("Number of decode instances (default 1, or 0 with --mixed).")] = None
     mixed: Annotated[int, _about("Number of instances that prefill and decode.")] = 0
     dram: Annotated[str, _about("DRAM for KVCache on this node.")] = "4GiB"
+    ssd: Annotated[str, _about("Room for KVCache on this node's SSD; it is still there after a restart. 0: none.")] = "0"
+    ssd_path: Annotated[str | None, _about("Directory for it, on a disk of this node; needed with --ssd.")] = None
+    ssd_read: Annotated[str, _about("What that disk reads a second, for predictions.")] = "1GB"
+    listen_nodes: Annotated[
+        str | None, _about("HOST:PORT where other nodes join this cluster; off by default, for private networks only.")
+    ] = None
+    join: Annotated[str | None, _about("HOST:PORT of a running cluster to join with this node's pool and instances.")] = None
+    advertise: Annotated[str | None, _about("Address under which other nodes reach this one (default 127.0.0.1).")] = None
     block_tokens: Annotated[int, _about("Tokens in a block, the unit of the KVCache pool; a multiple of 16.")] = 64
     max_model_len: Annotated[int | None, _about("Longest prompt plus output, in tokens (default: the model's own limit).")] = (
         None
@@ -84,6 +93,19 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def dram_bytes(self) -> int:
         return parse_size(self.dram)
+
+    @property
+    def ssd_bytes(self) -> int:
+        return 0 if self.ssd == "0" else parse_size(self.ssd)
+
+    @property
+    def ssd_read_bandwidth(self) -> float:
+        """Bytes per second; 0 without an SSD."""
+        return float(parse_size(self.ssd_read)) if self.ssd_bytes else 0.0
+
+    @property
+    def advertised(self) -> str:
+        return self.advertise or "127.0.0.1"
 
 
 def load_config(path: Path | None, flags: dict[str, Any]) -> ServeConfig:
@@ -150,6 +172,11 @@ def _check(config: ServeConfig) -> None:
         value = getattr(config, name)
         require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
     require(config.dram_bytes > 0, f"--dram must be positive, got {config.dram}")
+    require(config.ssd_bytes == 0 or config.ssd_path is not None, f"--ssd {config.ssd} needs --ssd-path DIRECTORY")
+    require(config.join is None or config.listen_nodes is None, "--join and --listen-nodes exclude each other: join the head")
+    for name in ("join", "listen_nodes"):
+        if (address := getattr(config, name)) is not None:
+            split_address(name.replace("_", "-"), address)
     require(
         config.chunk_tokens > config.max_batch,
         f"--chunk-tokens must exceed --max-batch ({config.max_batch}), got {config.chunk_tokens}",

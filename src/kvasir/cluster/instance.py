@@ -175,18 +175,29 @@ class InstanceBody:
         )
 
     async def _take_over(self, sequence: _Sequence) -> tuple[tuple[int, ...], int]:
-        pages = await self._pool.adopt(sequence.request.run)
-        return pages, len(sequence.tokens) - 1
+        """What was handed off: it is on offer on this node, or comes from another. The newest token is not computed yet."""
+        run, source = sequence.request.run, sequence.request.source
+        computed = len(sequence.tokens) - 1
+        if source is None:
+            return await self._pool.adopt(run), computed
+        keys = self._full_keys(sequence, computed)
+        return await self._pool.receive(run, keys, -(-computed // self._block_tokens), source), computed
 
     async def _prefix(self, sequence: _Sequence) -> tuple[tuple[int, ...], int]:
         """The cached prefix; at least one token is left to compute, since its logits are needed."""
-        usable = (len(sequence.tokens) - 1) // self._block_tokens
-        if usable:
-            sequence.key(usable - 1, self._block_tokens)
-        pages = await self._pool.lease(sequence.request.run, tuple(sequence.keys[:usable]))
+        run, plan = sequence.request.run, sequence.request.prefix
+        keys = self._full_keys(sequence, len(sequence.tokens) - 1)
+        pages = await (self._pool.lease(run, keys) if plan is None else self._pool.bring(run, keys, plan))
         if sequence.cached is None:
             sequence.cached = len(pages) * self._block_tokens
         return pages, len(pages) * self._block_tokens
+
+    def _full_keys(self, sequence: _Sequence, num_tokens: int) -> tuple[BlockKey, ...]:
+        """Of the blocks that the first `num_tokens` fill."""
+        full = num_tokens // self._block_tokens
+        if full:
+            sequence.key(full - 1, self._block_tokens)
+        return tuple(sequence.keys[:full])
 
     # --- what the Batcher wants --------------------------------------------------------------------------------
 

@@ -37,6 +37,11 @@ class ModelSpec(Struct, frozen=True):
     eos_token_ids: tuple[int, ...]
 
     @property
+    def kv_identity(self) -> str:
+        """What makes a block's bytes what they are, besides its tokens."""
+        return f"{self.identity}/{self.dtype}/{self.layout}/{self.block_tokens}"
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of one block's KV in all layers."""
         return self.block_tokens * self.shape.kv_bytes_per_token
