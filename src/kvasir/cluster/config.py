@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 from kvasir.cluster.wire import split_address
 from kvasir.core.errors import ConfigError
 from kvasir.core.units import parse_duration, parse_size
+from kvasir.pool.policies import EVICTIONS
 
 T = TypeVar("T")
 
@@ -64,6 +65,9 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     policy: Annotated[str, _about("Scheduler: mooncake, kvasir, local, least-loaded, ...; see docs/policies.md.")] = "mooncake"
     admission: Annotated[
         str | None, _about("Early rejection: off, slo, predictive, ... (default: the policy's; mooncake's is slo).")
+    ] = None
+    eviction: Annotated[
+        str | None, _about("Which block goes when space is needed: lru, lfu, length-aware, cost-aware (default: the policy's).")
     ] = None
     max_queue: Annotated[int, _about("Most requests waiting for their prefill at once; more are rejected with 429.")] = 1024
     max_batch: Annotated[int, _about("Most sequences decoding together in an instance.")] = 64
@@ -174,6 +178,8 @@ def _check(config: ServeConfig) -> None:
     require(config.dram_bytes > 0, f"--dram must be positive, got {config.dram}")
     require(config.ssd_bytes == 0 or config.ssd_path is not None, f"--ssd {config.ssd} needs --ssd-path DIRECTORY")
     require(config.join is None or config.listen_nodes is None, "--join and --listen-nodes exclude each other: join the head")
+    if config.eviction is not None:
+        choose("eviction", config.eviction, EVICTIONS)
     for name in ("join", "listen_nodes"):
         if (address := getattr(config, name)) is not None:
             split_address(name.replace("_", "-"), address)

@@ -27,6 +27,7 @@ from kvasir.core.request import Role
 from kvasir.costs.fitted import FittedCost
 from kvasir.costs.roofline import RooflineCost
 from kvasir.engine.interface import ModelSpec
+from kvasir.scheduling.strategy import strategy
 from kvasir.store.arena import slots_that_fit
 
 STOP_GRACE_S = 5.0
@@ -144,6 +145,9 @@ class NodeProcesses:
             hub=setup.hub_address,
             num_slots=setup.num_slots,
             slot_bytes=setup.spec.slot_bytes,
+            block_tokens=setup.spec.block_tokens,
+            costs=setup.costs,
+            eviction=config.eviction or strategy(config.policy).eviction,
             runtime_directory=str(setup.directory),
             advertise=setup.advertise,
             identity=setup.spec.kv_identity,

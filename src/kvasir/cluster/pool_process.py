@@ -15,6 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from kvasir.cluster.bringer import Bringer, Disk, Mover
+from kvasir.cluster.config import choose
 from kvasir.cluster.lifeline import child_config, remove_runtime_directory, run_child
 from kvasir.cluster.messages import PoolReport, Shutdown
 from kvasir.cluster.names import pool_name
@@ -35,9 +36,14 @@ from kvasir.cluster.pool_messages import (
     ToPool,
 )
 from kvasir.cluster.wire import Channel, Listener, ZmqChannel, ZmqListener
-from kvasir.core.errors import KvasirError
+from kvasir.core.errors import ConfigError, KvasirError
 from kvasir.core.pool_events import LeaseBlocks, OwnerJoined, OwnerLost, Refused, ReleaseLease
+from kvasir.costs.fitted import FittedCost
+from kvasir.costs.roofline import RooflineCost
+from kvasir.pool.cost_aware import block_seconds
+from kvasir.pool.eviction import Eviction
 from kvasir.pool.node import PoolNode
+from kvasir.pool.policies import EVICTIONS
 from kvasir.store.arena import create_arena
 from kvasir.store.prefault import Prefault
 from kvasir.telemetry import logs
@@ -58,7 +64,8 @@ class PoolConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     `runtime_directory` is removed at the end when the parent is gone and cannot do it; None leaves it alone. Other nodes
     reach this pool at `advertise` (a host name or address); None: no port is opened. `identity` names what makes a block's
-    bytes what they are; the SSD tier in `ssd_path` holds blocks of no other.
+    bytes what they are; the SSD tier in `ssd_path` holds blocks of no other. Eviction is by name, and by the seconds that
+    `costs` says a block takes to compute.
     """
 
     name: str
@@ -67,6 +74,9 @@ class PoolConfig(Struct, frozen=True, forbid_unknown_fields=True):
     hub: str
     num_slots: int
     slot_bytes: int
+    block_tokens: int = 64
+    costs: FittedCost | RooflineCost | None = None
+    eviction: str = "lru"
     epoch: int = 1
     runtime_directory: str | None = None
     advertise: str | None = None
@@ -219,7 +229,7 @@ async def serve(config: PoolConfig) -> None:
     """Make the arena, open the sockets, run; all of it is gone at the end."""
     logs.setup(config.log_level, json=config.log_json)
     arena = create_arena(config.num_slots, config.slot_bytes)
-    host = PoolHost(config.node, PoolNode(config.num_slots), arena, asyncio.get_running_loop().time)
+    host = PoolHost(config.node, _brain(config), arena, asyncio.get_running_loop().time)
     hub: ZmqChannel[ToPool, FromPool] = ZmqChannel(config.hub, config.name, msgspec.msgpack.Decoder(ToPool))
     try:
         instances: ZmqListener[PoolCall, PoolReply] = ZmqListener(config.listen, msgspec.msgpack.Decoder(PoolCall))
@@ -231,6 +241,18 @@ async def serve(config: PoolConfig) -> None:
             instances.close()
     finally:
         hub.close()
+
+
+def _brain(config: PoolConfig) -> PoolNode:
+    return PoolNode(config.num_slots, _eviction(config))
+
+
+def _eviction(config: PoolConfig) -> Eviction:
+    def no_seconds(depth: int) -> float:
+        raise ConfigError(f"eviction {config.eviction} needs costs")
+
+    seconds = no_seconds if config.costs is None else block_seconds(config.costs, config.block_tokens)
+    return choose("eviction", config.eviction, EVICTIONS)(seconds)
 
 
 def main() -> None:
