@@ -211,4 +211,6 @@ class _Screen:
         self.say(f"[bold green]ready[/bold green] after {seconds:.1f} s: http://{host}:{port}/v1")
         if cluster.cluster_address is not None:
             self.say(f"nodes join with: kvasir serve MODEL --join {cluster.cluster_address.removeprefix('tcp://')}")
+            if not cluster.hub.status().ready:
+                self.say("waiting for nodes: no instance here prefills, or none decodes")
         self.say("docs at /docs, metrics at /metrics; Ctrl-C stops everything")

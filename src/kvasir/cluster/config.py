@@ -160,8 +160,10 @@ def _check(config: ServeConfig) -> None:
     prefill, decode, mixed = config.roles
     for name, count in (("prefill", prefill), ("decode", decode), ("mixed", mixed)):
         require(0 <= count <= 64, f"--{name} must be between 0 and 64, got {count}")
-    require(prefill + mixed > 0, "no instance can prefill: give --prefill or --mixed at least 1")
-    require(decode + mixed > 0, "no instance can decode: give --decode or --mixed at least 1")
+    if config.join is None and config.listen_nodes is None:
+        require(prefill + mixed > 0, "no instance can prefill: give --prefill or --mixed at least 1")
+        require(decode + mixed > 0, "no instance can decode: give --decode or --mixed at least 1")
+    require(prefill + decode + mixed > 0, "a node needs an instance: give --prefill, --decode or --mixed at least 1")
     require(0 <= config.port <= 65535, f"--port must be between 0 and 65535, got {config.port}")
     require(
         config.block_tokens >= 16 and config.block_tokens % 16 == 0,

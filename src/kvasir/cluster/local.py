@@ -100,11 +100,11 @@ class LocalCluster:
         return self._processes.pids if self._processes is not None else {}
 
     async def ready(self, deadline_s: float) -> None:
-        """Wait until every instance of this node has joined. Raises ClusterError."""
+        """Wait until every instance of this node has joined; what is missing then, other nodes bring. Raises ClusterError."""
         wanted = sum(self._config.roles)
         try:
             async with asyncio.timeout(deadline_s):
-                while not (self.hub.status().ready and self._num_joined >= wanted):
+                while self._num_joined < wanted:
                     if self._failed.done():
                         raise ClusterError(self._failed.result())
                     await asyncio.sleep(0.02)
