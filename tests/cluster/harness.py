@@ -19,7 +19,7 @@ from kvasir.cluster.hub import Hub
 from kvasir.cluster.instance import InstanceBody
 from kvasir.cluster.messages import FromInstance, FromNode, Message, PeerPool, ToInstance
 from kvasir.cluster.names import pool_name
-from kvasir.cluster.pool_client import connect_pool
+from kvasir.cluster.pool_client import attach_slots, connect_pool
 from kvasir.cluster.pool_host import PoolHost
 from kvasir.cluster.pool_messages import FromPool, PoolCall, PoolReply, ToPool
 from kvasir.cluster.pool_process import PoolBody
@@ -32,7 +32,7 @@ from kvasir.core.request import Role, Sampling, Slo
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
 from kvasir.costs.shape import ModelShape
 from kvasir.engine.fake import FakeEngine
-from kvasir.engine.interface import ModelSpec, SequenceSlice, Slots
+from kvasir.engine.interface import ModelSpec, SequenceSlice
 from kvasir.pool.node import PoolNode
 from kvasir.scheduling.batcher import Batcher
 from kvasir.scheduling.chunking import BatcherConfig
@@ -282,7 +282,7 @@ def expected(prompt: list[int], max_tokens: int) -> list[int]:
     total = len(prompt) + max_tokens
     count = total // BLOCK + 1
     arena = create_arena(count, SPEC.slot_bytes)
-    engine.attach(Slots(arena.memory, arena.stride, arena.generations))
+    engine.attach(attach_slots(arena))
     tokens = list(prompt)
     start = 0
     while len(tokens) < total:

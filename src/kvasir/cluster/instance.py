@@ -32,12 +32,12 @@ from kvasir.cluster.messages import (
 )
 from kvasir.cluster.pool_client import Pool
 from kvasir.core.commands import Chunk, HandOff, NeedPages, Preempt, Publish, Release, ReturnPages, Starved, Step
-from kvasir.core.errors import ClusterError, KvasirError
+from kvasir.core.errors import ClusterError, KvasirError, KvLost
 from kvasir.core.events import Cancelled, Event, InstanceInfo, InstanceLoad, PagesGranted, StepDone, Submitted, Tick
 from kvasir.core.keys import BlockKey, block_keys
 from kvasir.core.pool_events import KeyedSlot
 from kvasir.core.request import FinishReason
-from kvasir.engine.interface import Engine, SampledToken, SequenceSlice
+from kvasir.engine.interface import Engine, SampledToken, SequenceSlice, StepResult
 from kvasir.scheduling.batcher import Batcher
 
 HEARTBEAT_S = 0.5
@@ -271,7 +271,7 @@ class InstanceBody:
         while True:
             step = await self._steps.get()
             slices = [self._slice(chunk) for chunk in (*self._batcher.decode_chunks(), *step.chunks)]
-            result = await self._engine.step(slices)
+            result = await self._compute(slices)
             outputs = tuple(self._grow(run, sampled) for run, sampled in result.tokens.items())
             self._apply(StepDone(tuple(out.run for out in outputs if out.finish is not None)))
             if outputs:
@@ -279,6 +279,18 @@ class InstanceBody:
                 self._tell(StepOutput(self._info.id, tuple(ends_first)))
             if self._pauses:
                 await asyncio.sleep(max(0.0, min(result.seconds, self._max_gap_s - result.seconds)))
+
+    async def _compute(self, slices: list[SequenceSlice]) -> StepResult:
+        """A step; whoever's cached blocks never come leaves it, and the others are computed again, to the same KV."""
+        while slices:
+            try:
+                return await self._engine.step(slices)
+            except KvLost as lost:
+                slices = [s for s in slices if s.request_id not in lost.request_ids]
+                for run in lost.request_ids:
+                    self._apply(Cancelled(run))
+                    self._fail(run, str(lost))
+        return StepResult({}, 0.0)
 
     def _slice(self, chunk: Chunk) -> SequenceSlice:
         sequence = self._sequences[chunk.request_id]

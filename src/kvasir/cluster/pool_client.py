@@ -197,7 +197,7 @@ def local_pool(host: PoolHost, owner: str, epoch: int, clock: Callable[[], float
 
 def attach_slots(arena: Arena) -> Slots:
     """The arena as an engine wants it."""
-    return Slots(arena.memory, arena.stride, arena.generations)
+    return Slots(arena.memory, arena.stride, arena.generations, arena.missing)
 
 
 class _LocalLink:
