@@ -46,7 +46,7 @@ NODE = "node0"
 BLOCK = 16
 COSTS = FittedCost(PrefillFit(1e-3, 1e-4, 1e-9, 1e-9), DecodeFit(2e-3, 1e-4, 1e-8), 1e-4, 1e9)
 SHAPE = ModelShape(
-    num_layers=1,
+    num_layers=4,
     hidden=16,
     num_heads=1,
     num_kv_heads=1,
@@ -68,6 +68,7 @@ SPEC = ModelSpec(
     max_model_len=4096,
     eos_token_ids=(0,),
 )
+LAYER_BYTES = SPEC.slot_bytes // SHAPE.num_layers
 
 
 @dataclass
@@ -110,21 +111,33 @@ class MemoryMover:
     def __init__(self, hosts: dict[str, PoolHost]):
         self._hosts = hosts
         self.reads: list[tuple[str, str, int]] = []
+        self.block_s = 1e-4
         self.fault: Callable[[int], Awaitable[None]] = _no_fault
 
     def to(self, node: str) -> Mover:
         return _Reader(self, node)
 
     async def read(
-        self, source: PeerArena, target: str, pairs: Sequence[tuple[int, int]], within_s: float, priority: int
+        self,
+        source: PeerArena,
+        target: str,
+        pairs: Sequence[tuple[int, int]],
+        within_s: float,
+        priority: int,
+        on_layer: Callable[[int], None] | None,
     ) -> None:
+        """A layer at a time. What the fake engine reads is in the first; the others take time."""
         self.reads.append((source.node, target, len(pairs)))
         try:
             async with asyncio.timeout(within_s):
-                for there, here in pairs:
-                    await asyncio.sleep(1e-4)
-                    await self.fault(priority)
-                    self._hosts[target].arena.slot(here)[:] = self._hosts[source.node].arena.slot(there)
+                for layer in range(SHAPE.num_layers):
+                    for there, here in pairs:
+                        await asyncio.sleep(self.block_s / SHAPE.num_layers)
+                        await self.fault(priority)
+                        part = slice(layer * LAYER_BYTES, (layer + 1) * LAYER_BYTES)
+                        self._hosts[target].arena.slot(here)[part] = self._hosts[source.node].arena.slot(there)[part]
+                    if on_layer is not None:
+                        on_layer(layer + 1)
         except TimeoutError:
             raise ClusterError(f"blocks from {source.node} did not come within {within_s:g} s") from None
 
@@ -134,8 +147,16 @@ class _Reader:
     mover: MemoryMover
     node: str
 
-    async def read(self, peer: PeerArena, pairs: Sequence[tuple[int, int]], *, within_s: float, priority: int) -> None:
-        await self.mover.read(peer, self.node, pairs, within_s, priority)
+    async def read(
+        self,
+        peer: PeerArena,
+        pairs: Sequence[tuple[int, int]],
+        *,
+        within_s: float,
+        priority: int,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> None:
+        await self.mover.read(peer, self.node, pairs, within_s, priority, on_layer)
 
 
 async def _no_fault(priority: int) -> None:
@@ -208,7 +229,15 @@ async def cluster(
         hosts[node] = PoolHost(node, brain, create_arena(num_slots, SPEC.slot_bytes), clock, peer=peer)
         ports[node] = MemoryListener(msgspec.msgpack.Decoder(PoolCall))
         channel: MemoryChannel[ToPool, FromPool] = MemoryChannel(to_hub, pool_name(node), msgspec.msgpack.Decoder(ToPool))
-        return PoolBody(hosts[node], node, instances=ports[node], hub=channel, mover=mover.to(node), open_channel=open_channel)
+        return PoolBody(
+            hosts[node],
+            node,
+            instances=ports[node],
+            hub=channel,
+            mover=mover.to(node),
+            num_layers=SHAPE.num_layers,
+            open_channel=open_channel,
+        )
 
     async def take() -> None:
         while True:
@@ -223,7 +252,16 @@ async def cluster(
         engine = FakeEngine(SPEC, brains.costs)
         async with connect_pool(open_channel(node_of(name), name), name, epoch) as client:
             engine.attach(await client.join())
-            body = InstanceBody(info, engine, batcher, client, max_gap_s=0.05, receive=channel.recv, send=channel.send)
+            body = InstanceBody(
+                info,
+                engine,
+                batcher,
+                client,
+                max_gap_s=0.05,
+                chunk_tokens=chunk_tokens,
+                receive=channel.recv,
+                send=channel.send,
+            )
             body.on_event = partial(hear, name)
             await body.run()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from random import Random
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from kvasir.cluster.bringer import FETCH
 from kvasir.core.errors import ClusterError
 from kvasir.core.request import Role
-from tests.cluster.harness import BLOCK, answer, cluster, expected, submission
+from tests.cluster.harness import BLOCK, Cluster, answer, cluster, expected, submission
 from tests.cluster.test_bodies import prompt_of, run_traffic, settled
 from tests.cluster.virtual_time import run_virtual
 
@@ -105,6 +106,76 @@ def test_a_fetch_that_stalls_is_raced_by_recompute() -> None:
     run_virtual(scenario())
 
 
+def test_computing_starts_before_the_last_layer_has_come() -> None:
+    async def scenario() -> None:
+        async with cluster(TWO_MIXED, policy="memserve", chunk_tokens=4096) as found:
+            found.mover.block_s = 4e-3
+            ttft_s, cached = await fetched_ttft(found, blocks=10, rest=600)
+            assert cached == 10 * BLOCK
+            # 40 ms of transfer and 62 ms of compute: one after the other takes more than 100 ms
+            assert ttft_s < 0.085
+            await settled(found)
+
+    run_virtual(scenario())
+
+
+@pytest.mark.parametrize("after", [5, 25, 39])
+def test_blocks_that_are_lost_after_computing_has_started_cost_no_token(after: int) -> None:
+    async def scenario() -> None:
+        async with cluster(TWO_MIXED, policy="memserve", chunk_tokens=4096) as found:
+            found.mover.block_s = 4e-3
+            pieces = 0
+
+            async def cut_late(priority: int) -> None:
+                nonlocal pieces
+                pieces += priority == FETCH
+                if pieces == after:
+                    raise ClusterError("cut")
+
+            found.mover.fault = cut_late
+            await fetched_ttft(found, blocks=10, rest=600)
+            assert pieces >= after
+            await settled(found)
+
+    run_virtual(scenario())
+
+
+@pytest.mark.parametrize("give_up_s", [0.02, 0.035, 0.06])
+def test_a_client_that_goes_away_while_layers_are_coming_leaves_nothing_behind(give_up_s: float) -> None:
+    async def scenario() -> None:
+        async with cluster(TWO_MIXED, policy="memserve", chunk_tokens=4096) as found:
+            found.mover.block_s = 4e-3
+            task = asyncio.create_task(fetched_ttft(found, blocks=10, rest=600))
+            while not found.mover.reads:
+                await asyncio.sleep(1e-3)
+            await asyncio.sleep(give_up_s)
+            task.cancel()
+            await settled(found)
+
+    run_virtual(scenario())
+
+
+async def fetched_ttft(found: Cluster, *, blocks: int, rest: int) -> tuple[float, int]:
+    """TTFT and cached tokens of a prompt whose first blocks are on the other node, whose instance is busy."""
+    shared = prompt_of(70, blocks * BLOCK)
+    await answer(found.hub, submission("first", shared, 5))
+    await asyncio.sleep(1.0)
+    busy = asyncio.create_task(answer(found.hub, submission("busy", shared + prompt_of(71, 2000), 5)))
+    await asyncio.sleep(0.01)
+    asked = submission("fetched", shared + prompt_of(72, rest), 20)
+    started, first, cached, tokens = asyncio.get_running_loop().time(), 0.0, 0, list[int]()
+    try:
+        async with aclosing(found.hub.submit(asked)) as outputs:
+            async for output in outputs:
+                first = first or asyncio.get_running_loop().time()
+                cached = cached if output.cached_tokens is None else output.cached_tokens
+                tokens += [token.token for token in output.tokens]
+    finally:
+        await busy
+    assert tokens == expected(asked.prompt, 20)
+    return first - started, cached
+
+
 @pytest.mark.parametrize("roles", [ACROSS, TWO_MIXED, TWO_SPLIT], ids=["P to D", "M+M", "PD+PD"])
 @pytest.mark.parametrize("policy", ["mooncake", "memserve", "random"])
 @pytest.mark.parametrize("num_slots", [2048, 128], ids=["roomy", "scarce"])
@@ -117,9 +188,9 @@ def test_traffic_over_two_nodes_with_broken_transfers_leaves_no_block_behind(
 
             async def sometimes(priority: int) -> None:
                 chance = rng.random()
-                if chance < 0.01:
+                if chance < 0.001:
                     raise ClusterError("cut")
-                if chance < 0.02:
+                if chance < 0.004:
                     await asyncio.sleep(rng.uniform(0.01, 2.0))
 
             found.mover.fault = sometimes

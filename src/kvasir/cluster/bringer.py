@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Sequence
+import math
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Protocol
 
@@ -37,10 +39,13 @@ from kvasir.core.pool_events import (
     ReleaseLease,
     Reserved,
 )
+from kvasir.engine.landing import LOST
 from kvasir.store.messenger.interface import PeerArena
 
 READ_S = 20.0
 """No read from another node takes longer; beyond, it is given up."""
+
+HAND_OFF_TRIES = 3
 
 ROOM_S = 5.0
 """How long a hand-off waits for slots in a full pool."""
@@ -60,8 +65,19 @@ Pairs = Sequence[tuple[int, int]]
 class Mover(Protocol):
     """Moves bytes between arenas. After `read` has returned or raised, nothing writes into the slots here any more."""
 
-    async def read(self, peer: PeerArena, pairs: Pairs, *, within_s: float, priority: int) -> None:
-        """Raises ClusterError when the bytes did not come, in full and in time."""
+    async def read(
+        self,
+        peer: PeerArena,
+        pairs: Pairs,
+        *,
+        within_s: float,
+        priority: int,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> None:
+        """Raises ClusterError when the bytes did not come, in full and in time.
+
+        With `on_layer`, the first layer of all pairs comes first, then the second ...; it hears how many have come.
+        """
         ...
 
 
@@ -73,32 +89,110 @@ class Disk(Protocol):
         ...
 
 
+@dataclass(slots=True, eq=False)
+class _Filling:
+    """One prefix on its way: under `lease`, a lease of ours, `there` were here and `coming` are being written."""
+
+    lease: str
+    keys: tuple[BlockKey, ...]
+    there: tuple[int, ...] = ()
+    coming: tuple[int, ...] = ()
+    started_s: float = 0.0
+    layers: int = 0
+    moved: asyncio.Event = field(default_factory=asyncio.Event)
+    wanted: BringBlocks | None = None  # who computes on it already
+    is_lost: bool = False  # and is to notice that it never came, before the slots are given to others
+
+    def left_s(self, num_layers: int, now: float) -> float:
+        """Predicted from the layers that have come."""
+        return (now - self.started_s) * (num_layers - self.layers) / self.layers if self.layers else math.inf
+
+
 class Bringer:
     """Takes what costs the pool's body time. A node that others cannot reach has no `mover`, one without an SSD no `disk`."""
 
-    def __init__(self, host: PoolHost, peers: Peers, mover: Mover | None, disk: Disk | None, tasks: asyncio.TaskGroup):
+    def __init__(
+        self,
+        host: PoolHost,
+        peers: Peers,
+        *,
+        mover: Mover | None,
+        disk: Disk | None,
+        num_layers: int,
+        tasks: asyncio.TaskGroup,
+    ):
         self._host = host
         self._peers = peers
         self._mover = mover
         self._disk = disk
+        self._num_layers = num_layers
         self._tasks = tasks
         self._numbers = count(1)
+        self._clock = asyncio.get_running_loop().time
         self._under_way: dict[BlockKey, asyncio.Future[None]] = {}  # by the first block that is being brought
+        self._landing: dict[str, _Filling] = {}  # by the lease of whoever computes on it
         self._log = structlog.get_logger().bind(part="bringer", node=peers.me)
 
     async def bring(self, want: BringBlocks) -> Leased | Refused:
         """Wait `within_s` for the planned prefix, then lease what is there; what comes later is for others."""
-        lease = f"bring#{next(self._numbers)}"
-        task = self._tasks.create_task(self._fill(lease, want.keys[: want.blocks], want.source, FETCH))
-        await asyncio.wait({task}, timeout=want.within_s)
+        filling = _Filling(f"bring#{next(self._numbers)}", want.keys[: want.blocks])
+        task = self._tasks.create_task(self._fill(filling, want.source, FETCH))
+        give_up = self._clock() + want.within_s
+        while not task.done() and (left_s := give_up - self._clock()) > 0.0:
+            if filling.left_s(self._num_layers, self._clock()) <= want.hidden_s:
+                return self._promise(want, filling, task)
+            filling.moved.clear()
+            moved = asyncio.ensure_future(filling.moved.wait())
+            await asyncio.wait({task, moved}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            moved.cancel()
         answer = self._host.ask(LeaseBlocks(want.owner, want.epoch, want.lease, want.keys))
-        if task.done():
-            self._release(lease)
-        else:
-            self._log.debug("late, computing instead", lease=want.lease)
-            task.add_done_callback(lambda _: self._release(lease))
+        self._release_after(task, filling)
         assert isinstance(answer, Leased | Refused), answer
         return answer
+
+    def let_go(self, owner: str, lease: str | None = None) -> None:
+        """The owner has released a lease, or (None) is gone: what was promised to it is nobody's."""
+        for name, filling in list(self._landing.items()):
+            want = filling.wanted
+            if want is not None and want.owner == owner and lease in (name, None):
+                del self._landing[name]
+                filling.wanted = None
+                if filling.is_lost:
+                    self._revoke(filling.coming)
+                    self._release(filling.lease)
+
+    def _promise(self, want: BringBlocks, filling: _Filling, task: asyncio.Task[None]) -> Leased:
+        """The last layers will be here when they are needed: the lease is opened when they are (`_keep_promise`)."""
+        filling.wanted = want
+        self._landing[want.lease] = filling
+        self._release_after(task, filling)
+        return Leased(want.lease, filling.there + filling.coming)
+
+    def _keep_promise(self, filling: _Filling, *, has_come: bool) -> None:
+        """Called in the turn in which the blocks were published, or it was clear that they will not be."""
+        want, missing = filling.wanted, self._host.arena.missing
+        if want is None:
+            missing[list(filling.coming)] = 0
+            return
+        slots = filling.there + filling.coming
+        leased = None
+        if has_come:
+            leased = self._host.ask(LeaseBlocks(want.owner, want.epoch, want.lease, want.keys[: len(slots)]))
+        if isinstance(leased, Leased) and leased.slots == slots:
+            del self._landing[want.lease]
+            filling.wanted = None
+            missing[list(filling.coming)] = 0
+            return
+        if isinstance(leased, Leased):  # another copy came first: whoever computes reads ours, which nobody else keeps
+            self._host.handle(ReleaseLease(want.owner, want.epoch, want.lease))
+        filling.is_lost = True
+        missing[list(filling.coming)] = LOST
+
+    def _release_after(self, task: asyncio.Task[None], filling: _Filling) -> None:
+        if task.done():
+            self._release(filling.lease)
+            return
+        task.add_done_callback(lambda _: None if filling.is_lost else self._release(filling.lease))
 
     async def receive(self, want: ReceiveLease) -> Leased | Refused:
         """Bring a hand-off that is on offer elsewhere, put it on offer here, and take it over for the one that asked."""
@@ -114,19 +208,20 @@ class Bringer:
 
     async def copy(self, source: str, keys: tuple[BlockKey, ...]) -> None:
         """Make this node another holder of a hot prefix."""
-        lease = f"copy#{next(self._numbers)}"
-        await self._fill(lease, keys, source, COPY)
-        self._release(lease)
+        filling = _Filling(f"copy#{next(self._numbers)}", keys)
+        await self._fill(filling, source, COPY)
+        self._release(filling.lease)
 
     # --- blocks ------------------------------------------------------------------------------------------------
 
-    async def _fill(self, lease: str, keys: tuple[BlockKey, ...], source: str | None, priority: int) -> None:
-        """Bring what DRAM lacks of `keys`, under a lease of ours; as much as can be had.
+    async def _fill(self, filling: _Filling, source: str | None, priority: int) -> None:
+        """Bring what DRAM lacks of its keys; as much as can be had.
 
         Of several that want the same block, one brings it and the others start again from what is there then.
         """
+        lease, keys = filling.lease, filling.keys
         while True:
-            leased = self._host.handle(LeaseBlocks(MESSENGER, MESSENGER_EPOCH, lease, keys))
+            leased = self._host.ask(LeaseBlocks(MESSENGER, MESSENGER_EPOCH, lease, keys))
             assert isinstance(leased, Leased), leased
             missing = keys[len(leased.slots) :]
             if not missing or (other := self._under_way.get(missing[0])) is None:
@@ -135,52 +230,60 @@ class Bringer:
             await asyncio.wait({other}, timeout=READ_S)
         if not missing:
             return
+        filling.there = leased.slots
         mine = self._under_way[missing[0]] = asyncio.get_running_loop().create_future()
         try:
-            await self._bring_missing(lease, missing, leased.on_ssd, source, priority)
+            if leased.on_ssd:
+                filling.there += await self._load(lease, missing[: leased.on_ssd])
+            if source is not None and len(filling.there) < len(keys):
+                await self._fetch(filling, source, priority)
         finally:
             del self._under_way[missing[0]]
             mine.set_result(None)
 
-    async def _bring_missing(
-        self, lease: str, keys: tuple[BlockKey, ...], on_ssd: int, source: str | None, priority: int
-    ) -> None:
-        loaded = await self._load(lease, keys[:on_ssd]) if on_ssd else 0
-        if source is not None and loaded < len(keys):
-            await self._fetch(lease, keys[loaded:], source, priority)
-
-    async def _load(self, lease: str, keys: tuple[BlockKey, ...]) -> int:
-        """Read blocks from the SSD; how many were good."""
+    async def _load(self, lease: str, keys: tuple[BlockKey, ...]) -> tuple[int, ...]:
+        """Read blocks from the SSD; the slots of those that were good."""
         assert self._disk is not None, "what is on the SSD was read from one"
         loading = self._host.handle(LoadStart(MESSENGER, MESSENGER_EPOCH, lease, keys))
         if not isinstance(loading, Loading) or not loading.slots:
-            return 0
+            return ()
         failed = loading.ssd_slots
         try:
             failed = await self._disk.read(list(zip(loading.ssd_slots, keys, loading.slots, strict=False)))
         finally:
             loaded = self._host.handle(LoadDone(MESSENGER, MESSENGER_EPOCH, lease, failed))
         if not isinstance(loaded, Loaded):
-            return 0
+            return ()
         self._publish(lease, keys, loaded.slots)
-        return len(loaded.slots)
+        return loaded.slots
 
-    async def _fetch(self, lease: str, keys: tuple[BlockKey, ...], source: str, priority: int) -> None:
+    async def _fetch(self, filling: _Filling, source: str, priority: int) -> None:
         """Read blocks from another node, as far as it still has them and there is room here."""
-        slots: tuple[int, ...] = ()
-        good = 0
-        there = f"{lease}<{self._peers.me}"
+        keys = filling.keys[len(filling.there) :]
+        remote, has_come = f"{filling.lease}<{self._peers.me}", False
         try:
             peer = self._peers.get(source)
-            async with _lent(peer, there, peer.lease(there, keys)) as lent:
-                slots = self._reserve(len(lent))
-                await self._read(peer, list(zip(lent, slots, strict=False)), priority)
-            good = len(slots)
+            async with _lent(peer, remote, peer.lease(remote, keys)) as lent:
+                filling.coming = self._reserve(len(lent))
+                self._host.arena.missing[list(filling.coming)] = self._num_layers
+                filling.started_s = self._clock()
+                pairs = list(zip(lent, filling.coming, strict=False))
+                await self._read(peer, pairs, priority, lambda layers: self._layer_came(filling, layers))
+            has_come = True
         except KvasirError as error:
             self._log.warning("fetch failed", source=source, blocks=len(keys), error=str(error))
         finally:
-            self._publish(lease, keys, slots[:good])
-            self._revoke(slots[good:])
+            if has_come:
+                self._publish(filling.lease, keys, filling.coming)
+            self._keep_promise(filling, has_come=has_come)
+            if not has_come and not filling.is_lost:
+                self._revoke(filling.coming)
+
+    def _layer_came(self, filling: _Filling, layers: int) -> None:
+        """The last one is held back until the source has confirmed that all of them are right."""
+        filling.layers = layers
+        self._host.arena.missing[list(filling.coming)] = max(1, self._num_layers - layers)
+        filling.moved.set()
 
     async def _receive(self, want: ReceiveLease) -> None:
         """A hand-off, with its partly filled last block; what of it is here already is not moved."""
@@ -194,7 +297,7 @@ class Bringer:
                 if len(lent) != want.count:
                     raise ClusterError(f"expected {want.count} blocks, got {len(lent)}")
                 slots = await self._room(want.count - num_own)
-                await self._read(peer, list(zip(lent[num_own:], slots, strict=True)), HAND_OFF)
+                await self._insist(peer, list(zip(lent[num_own:], slots, strict=True)))
         except BaseException:
             self._revoke(slots)
             self._release(lease)
@@ -204,11 +307,22 @@ class Bringer:
         deadline_s = asyncio.get_running_loop().time() + OFFER_S
         self._host.handle(OfferLease(MESSENGER, MESSENGER_EPOCH, lease, slots[num_full:], deadline_s))
 
-    async def _read(self, peer: Peer, pairs: Pairs, priority: int) -> None:
+    async def _insist(self, peer: Peer, pairs: Pairs) -> None:
+        """A hand-off that fails costs a whole prefill, so it is tried again while its giver still holds it."""
+        for attempt in range(1, HAND_OFF_TRIES + 1):
+            try:
+                await self._read(peer, pairs, HAND_OFF)
+                return
+            except ClusterError as error:
+                self._log.warning("hand-off broke", source=peer.found.node, attempt=attempt, error=str(error))
+                if attempt == HAND_OFF_TRIES:
+                    raise
+
+    async def _read(self, peer: Peer, pairs: Pairs, priority: int, on_layer: Callable[[int], None] | None = None) -> None:
         if self._mover is None:
             raise ClusterError(f"{self._peers.me} exchanges no blocks with other nodes: it was started without an address")
         if pairs:
-            await self._mover.read(peer.arena, pairs, within_s=READ_S, priority=priority)
+            await self._mover.read(peer.arena, pairs, within_s=READ_S, priority=priority, on_layer=on_layer)
 
     # --- slots -------------------------------------------------------------------------------------------------
 

@@ -398,7 +398,9 @@ class Hub:
         if candidate.source is None and not candidate.load_tokens:
             return None
         blocks = candidate.prefix_tokens // self._spec.block_tokens
-        return PrefixPlan(blocks, candidate.source, SOFT_FACTOR * candidate.transfer_s + SOFT_LEAST_S)
+        within_s = SOFT_FACTOR * candidate.transfer_s + SOFT_LEAST_S
+        hidden_s = candidate.prefill_s * (1.0 - 1.0 / self._spec.shape.num_layers)
+        return PrefixPlan(blocks, candidate.source, within_s, hidden_s)
 
     def _run(
         self,

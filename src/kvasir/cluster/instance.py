@@ -23,6 +23,7 @@ from kvasir.cluster.messages import (
     InstanceReport,
     Pace,
     Phase,
+    PrefixPlan,
     RunFailed,
     RunRequest,
     Shutdown,
@@ -81,6 +82,7 @@ class InstanceBody:
         pool: Pool,
         *,
         max_gap_s: float,
+        chunk_tokens: int,
         receive: Callable[[], Coroutine[Any, Any, ToInstance]],
         send: Callable[[FromInstance], bool],
     ):
@@ -89,6 +91,7 @@ class InstanceBody:
         self._batcher = batcher
         self._pool = pool
         self._max_gap_s = max_gap_s
+        self._chunk_tokens = chunk_tokens
         self._pauses = False
         self._receive = receive
         self._send = send
@@ -187,10 +190,18 @@ class InstanceBody:
         """The cached prefix; at least one token is left to compute, since its logits are needed."""
         run, plan = sequence.request.run, sequence.request.prefix
         keys = self._full_keys(sequence, len(sequence.tokens) - 1)
-        pages = await (self._pool.lease(run, keys) if plan is None else self._pool.bring(run, keys, plan))
+        if plan is None:
+            pages = await self._pool.lease(run, keys)
+        else:
+            pages = await self._pool.bring(run, keys, self._for_one_chunk(plan, len(sequence.tokens)))
         if sequence.cached is None:
             sequence.cached = len(pages) * self._block_tokens
         return pages, len(pages) * self._block_tokens
+
+    def _for_one_chunk(self, plan: PrefixPlan, num_tokens: int) -> PrefixPlan:
+        """Only the first step hides what is still coming."""
+        rest = max(1, num_tokens - plan.blocks * self._block_tokens)
+        return replace(plan, hidden_s=plan.hidden_s * min(1.0, self._chunk_tokens / rest))
 
     def _full_keys(self, sequence: _Sequence, num_tokens: int) -> tuple[BlockKey, ...]:
         """Of the blocks that the first `num_tokens` fill."""

@@ -33,12 +33,13 @@ class PrefixPlan(Struct, frozen=True):
     """Which blocks of a prompt are to be in place before it is computed: the first `blocks`.
 
     What the node's DRAM lacks of them is read from its SSD, then fetched from node `source`. After `within_s` the rest is
-    computed instead, whatever has come by then.
+    computed instead, whatever has come by then. Computing may start `hidden_s` before the last layer has come.
     """
 
     blocks: int
     source: str | None
     within_s: float
+    hidden_s: float = 0.0
 
 
 class RunRequest(Message, frozen=True):

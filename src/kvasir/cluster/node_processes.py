@@ -146,6 +146,7 @@ class NodeProcesses:
             num_slots=setup.num_slots,
             slot_bytes=setup.spec.slot_bytes,
             block_tokens=setup.spec.block_tokens,
+            num_layers=setup.spec.shape.num_layers,
             costs=setup.costs,
             eviction=config.eviction or strategy(config.policy).eviction,
             runtime_directory=str(setup.directory),

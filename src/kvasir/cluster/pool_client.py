@@ -102,7 +102,9 @@ class PoolCaller:
         return await self._open(LeaseBlocks(self._owner, self._epoch, lease, tuple(keys)))
 
     async def bring(self, lease: str, keys: Sequence[BlockKey], plan: PrefixPlan) -> tuple[int, ...]:
-        event = BringBlocks(self._owner, self._epoch, lease, tuple(keys), plan.blocks, plan.source, plan.within_s)
+        event = BringBlocks(
+            self._owner, self._epoch, lease, tuple(keys), plan.blocks, plan.source, plan.within_s, plan.hidden_s
+        )
         return await self._open(event, plan.within_s)
 
     async def adopt(self, lease: str) -> tuple[int, ...]:

@@ -67,6 +67,7 @@ class PoolHost:
                     self._changed.update({(tier, key): False for key in keys})
                 case Reserved(slots=slots) | Loading(slots=slots):
                     self.arena.generations[list(slots)] += 1
+                    self.arena.missing[list(slots)] = 0
                     answer = said
                 case Leased() | Loaded() | Refused():
                     answer = said

@@ -24,7 +24,8 @@ from kvasir.store.arena import ArenaHandle
 
 class BringBlocks(PoolEvent, frozen=True):
     """As LeaseBlocks, after the pool's body has brought the first `blocks` of `keys` to DRAM: from its SSD, then from node
-    `source`. What has not come within `within_s` is not waited for.
+    `source`. What has not come within `within_s` is not waited for. The answer may come `hidden_s` early: then slots of the
+    lease are still being written, layer by layer (see engine/landing.py), and it is open when their last layer has come.
     """
 
     lease: str
@@ -32,6 +33,7 @@ class BringBlocks(PoolEvent, frozen=True):
     blocks: int
     source: str | None
     within_s: float
+    hidden_s: float = 0.0
 
 
 class ReceiveLease(PoolEvent, frozen=True):

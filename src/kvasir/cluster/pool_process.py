@@ -75,6 +75,7 @@ class PoolConfig(Struct, frozen=True, forbid_unknown_fields=True):
     num_slots: int
     slot_bytes: int
     block_tokens: int = 64
+    num_layers: int = 1
     costs: FittedCost | RooflineCost | None = None
     eviction: str = "lru"
     epoch: int = 1
@@ -100,6 +101,7 @@ class PoolBody:
         hub: Channel[ToPool, FromPool],
         mover: Mover | None = None,
         disk: Disk | None = None,
+        num_layers: int = 1,
         open_channel: OpenChannel = tcp_channel,
     ):
         """Without a `mover` nothing comes from other nodes; without a `disk` there is no SSD."""
@@ -110,6 +112,7 @@ class PoolBody:
         self._hub = hub
         self._mover = mover
         self._disk = disk
+        self._num_layers = num_layers
         self._open_channel = open_channel
         self._num_bringing = 0
         self._flush_due = False
@@ -120,7 +123,14 @@ class PoolBody:
         self._flush()
         async with asyncio.TaskGroup() as self._tasks:
             self._peers = Peers(pool_name(self._node), self._epoch, self._open_channel, self._tasks)
-            self._bringer = Bringer(self._host, self._peers, self._mover, self._disk, self._tasks)
+            self._bringer = Bringer(
+                self._host,
+                self._peers,
+                mover=self._mover,
+                disk=self._disk,
+                num_layers=self._num_layers,
+                tasks=self._tasks,
+            )
             background = [self._tasks.create_task(work()) for work in (self._serve, self._tick, self._report)]
             try:
                 await self._obey()
@@ -139,6 +149,10 @@ class PoolBody:
             elif isinstance(event, BringBlocks | ReceiveLease):
                 self._tasks.create_task(self._bring(peer, call.id, event))
             else:
+                if isinstance(event, ReleaseLease):
+                    self._bringer.let_go(peer, event.lease)
+                elif isinstance(event, OwnerJoined):
+                    self._bringer.let_go(peer)
                 self._reply(peer, call.id, event, self._host.ask(event))
 
     async def _bring(self, peer: str, call_id: int | None, event: BringBlocks | ReceiveLease) -> None:
@@ -172,6 +186,8 @@ class PoolBody:
         while True:
             match await self._hub.recv():
                 case OwnerLost() | ReleaseLease() as event:
+                    if isinstance(event, OwnerLost):
+                        self._bringer.let_go(event.owner)
                     self._host.handle(event)
                     self._flush_soon()
                 case PeersChanged(peers=peers):

@@ -39,7 +39,7 @@ class KvAccess(Protocol):
 
 
 class InPlaceKv:
-    """KV in memory that attention reads and writes where it lies. Nothing is moved; with a `landing`, it may not have come yet."""
+    """KV in memory that attention reads and writes where it lies; nothing is moved. With a `landing` it may be yet to come."""
 
     def __init__(self, view: KvView, landing: Landing | None = None) -> None:
         self.view = view
