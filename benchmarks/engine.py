@@ -59,7 +59,8 @@ class Ours:
         tokens = max(max(PREFILLS), max(BATCHES) * (CONTEXT + 2 * DECODE_STEPS + block_tokens))
         num_slots = -(-tokens // block_tokens)
         memory = np.ones(num_slots * self.spec.slot_bytes, np.uint8)  # touched: fresh pages are not what is measured
-        self.engine.attach(Slots(memory, self.spec.slot_bytes, np.zeros(num_slots, np.uint32)))
+        counts = np.zeros((2, num_slots), np.uint32)
+        self.engine.attach(Slots(memory, self.spec.slot_bytes, counts[0], counts[1]))
         self._order: list[int] = np.random.default_rng(0).permutation(num_slots).tolist()
 
     def prefill(self, length: int) -> float:

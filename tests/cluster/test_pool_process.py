@@ -174,7 +174,7 @@ async def test_slots_that_are_granted_too_late_go_back(host: PoolHost) -> None:
 
     async def answer_next() -> None:
         _, call = await slow.recv()
-        slow.send("p", PoolReply(call.id, host.handle(call.event)))
+        slow.send("p", PoolReply(call.id, host.ask(call.event)))
 
     async with connect_pool(MemoryChannel(slow, "p", REPLIES), "p", 1, timeout_s=0.02) as pool:
         with pytest.raises(DeadlineExceeded):

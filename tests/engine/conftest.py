@@ -28,7 +28,8 @@ class Arena:
 
     def __init__(self, spec: ModelSpec, num_slots: int = 64, seed: int = 0) -> None:
         self.spec, stride = spec, spec.slot_bytes + 64
-        self.slots = Slots(np.full(num_slots * stride, 0xFF, np.uint8), stride, np.zeros(num_slots, np.uint32))
+        counts = np.zeros((2, num_slots), np.uint32)
+        self.slots = Slots(np.full(num_slots * stride, 0xFF, np.uint8), stride, counts[0], counts[1])
         self._free = np.random.default_rng(seed).permutation(num_slots).tolist()
 
     def reserve(self, num_tokens: int) -> list[int]:

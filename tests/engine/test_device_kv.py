@@ -103,7 +103,7 @@ class Moves:
 
     def __init__(self, num_pages: int) -> None:
         stride = LAYOUT.slot_bytes + 64
-        self.slots = Slots(np.zeros(8 * stride, np.uint8), stride, np.zeros(8, np.uint32))
+        self.slots = Slots(np.zeros(8 * stride, np.uint8), stride, np.zeros(8, np.uint32), np.zeros(8, np.uint32))
         self.kv = DeviceKv(self.slots, LAYOUT, device=torch.device("cpu"), num_slots=num_pages)
 
     def step(self, *slices: SequenceSlice, stamp: float) -> list[torch.Tensor]:

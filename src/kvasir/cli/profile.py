@@ -132,7 +132,7 @@ def _private_slots(engine: Engine) -> Slots:
     count = tokens // spec.block_tokens + 1
     memory = np.zeros(count * spec.slot_bytes, dtype=np.uint8)
     memory += 1  # touch the pages; the values do not matter for time as long as they are ordinary numbers
-    return Slots(memory, spec.slot_bytes, np.zeros(count, dtype=np.uint32))
+    return Slots(memory, spec.slot_bytes, np.zeros(count, dtype=np.uint32), np.zeros(count, dtype=np.uint32))
 
 
 def _copy_bandwidth() -> float:

@@ -18,6 +18,7 @@ from kvasir.cli.costs import load_costs
 from kvasir.cli.options import options_of, with_options
 from kvasir.cluster.config import ServeConfig, load_config
 from kvasir.cluster.hub import Clock, Hub, Send
+from kvasir.cluster.joined import JoinedNode
 from kvasir.cluster.local import LocalCluster, fit_to_pool
 from kvasir.cluster.messages import Progress
 from kvasir.cluster.model import model_spec
@@ -55,8 +56,15 @@ def serve(
         kvasir serve ./Qwen3-0.6B --prefill 1 --decode 1 --dram 8GiB --slo-ttft 10s --slo-tbt 50ms
 
         curl localhost:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "What is a tuple?"}]}'
+
+    A second node joins the first one's cluster with its pool and instances; Ctrl-C there drains it:
+
+        kvasir serve --listen-nodes 10.0.0.1:8100 --advertise 10.0.0.1
+
+        kvasir serve --join 10.0.0.1:8100 --advertise 10.0.0.2
     """
-    asyncio.run(run_server(load_config(config, {"model": model, **flags})))
+    settings = load_config(config, {"model": model, **flags})
+    asyncio.run(run_server(settings) if settings.join is None else run_joined(settings))
 
 
 async def run_server(config: ServeConfig) -> None:
@@ -84,6 +92,21 @@ async def run_server(config: ServeConfig) -> None:
             screen.say("stopping")
 
 
+async def run_joined(config: ServeConfig) -> None:
+    """Work for the cluster that was joined until SIGINT or SIGTERM, or until its head says goodbye. Raises KvasirError."""
+    logs.setup(config.log_level, json=config.log_json)
+    screen = _Screen(config)
+    stop = _stop_on_signals()
+    spec = model_spec(config)
+    screen.model(spec)
+
+    def joined(node: str) -> None:
+        screen.say(f"[bold green]joined[/bold green] {config.join} as [bold]{node}[/bold]; Ctrl-C drains it and leaves")
+
+    await JoinedNode(config, spec, load_costs(config.profile, spec), leave=stop, on_joined=joined).run()
+    screen.say("left the cluster")
+
+
 def _hub_maker(
     config: ServeConfig, spec: ModelSpec, costs: FittedCost | RooflineCost, log: BinaryIO | None
 ) -> Callable[[Send, Clock], Hub]:
@@ -95,6 +118,7 @@ def _hub_maker(
             block_tokens=spec.block_tokens,
             max_queued=config.max_queue,
             shares_cores=config.device == "cpu",
+            load_bandwidth=config.ssd_read_bandwidth,
         ),
         costs=costs,
         slo=Slo(parse_duration(config.slo_ttft), parse_duration(config.slo_tbt)),
@@ -166,7 +190,10 @@ class _Screen:
         size, kv = f"{spec.shape.num_params / 1e6:.0f}M parameters", format_size(spec.shape.kv_bytes_per_token)
         self.say(f"[bold]{spec.name}[/bold]: {spec.architecture}, {size}, {spec.dtype}, {kv} of KV a token")
         prefill, decode, mixed = self._config.roles
-        self.say(f"starting pool ({self._config.dram} DRAM) and instances: {prefill} prefill, {decode} decode, {mixed} mixed")
+        ssd = f", {self._config.ssd} SSD" if self._config.ssd_bytes else ""
+        self.say(
+            f"starting pool ({self._config.dram} DRAM{ssd}) and instances: {prefill} prefill, {decode} decode, {mixed} mixed"
+        )
         if self._status is not None:
             self._status.start()
 
@@ -182,4 +209,8 @@ class _Screen:
         seconds = time.monotonic() - self._started
         host = f"[{config.host}]" if ":" in config.host else config.host
         self.say(f"[bold green]ready[/bold green] after {seconds:.1f} s: http://{host}:{port}/v1")
+        if cluster.cluster_address is not None:
+            self.say(f"nodes join with: kvasir serve MODEL --join {cluster.cluster_address.removeprefix('tcp://')}")
+            if not cluster.hub.status().ready:
+                self.say("waiting for nodes: no instance here prefills, or none decodes")
         self.say("docs at /docs, metrics at /metrics; Ctrl-C stops everything")

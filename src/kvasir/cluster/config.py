@@ -10,8 +10,10 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 import msgspec
 from msgspec import Meta, Struct
 
+from kvasir.cluster.wire import split_address
 from kvasir.core.errors import ConfigError
 from kvasir.core.units import parse_duration, parse_size
+from kvasir.pool.policies import EVICTIONS
 
 T = TypeVar("T")
 
@@ -38,6 +40,14 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     decode: Annotated[int | None, _about("Number of decode instances (default 1, or 0 with --mixed).")] = None
     mixed: Annotated[int, _about("Number of instances that prefill and decode.")] = 0
     dram: Annotated[str, _about("DRAM for KVCache on this node.")] = "4GiB"
+    ssd: Annotated[str, _about("Room for KVCache on this node's SSD; it is still there after a restart. 0: none.")] = "0"
+    ssd_path: Annotated[str | None, _about("Directory for it, on a disk of this node; needed with --ssd.")] = None
+    ssd_read: Annotated[str, _about("What that disk reads a second, for predictions.")] = "1GB"
+    listen_nodes: Annotated[
+        str | None, _about("HOST:PORT where other nodes join this cluster; off by default, for private networks only.")
+    ] = None
+    join: Annotated[str | None, _about("HOST:PORT of a running cluster to join with this node's pool and instances.")] = None
+    advertise: Annotated[str | None, _about("Address under which other nodes reach this one (default 127.0.0.1).")] = None
     block_tokens: Annotated[int, _about("Tokens in a block, the unit of the KVCache pool; a multiple of 16.")] = 64
     max_model_len: Annotated[int | None, _about("Longest prompt plus output, in tokens (default: the model's own limit).")] = (
         None
@@ -55,6 +65,9 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     policy: Annotated[str, _about("Scheduler: mooncake, kvasir, local, least-loaded, ...; see docs/policies.md.")] = "mooncake"
     admission: Annotated[
         str | None, _about("Early rejection: off, slo, predictive, ... (default: the policy's; mooncake's is slo).")
+    ] = None
+    eviction: Annotated[
+        str | None, _about("Which block goes when space is needed: lru, lfu, length-aware, cost-aware (default: the policy's).")
     ] = None
     max_queue: Annotated[int, _about("Most requests waiting for their prefill at once; more are rejected with 429.")] = 1024
     max_batch: Annotated[int, _about("Most sequences decoding together in an instance.")] = 64
@@ -84,6 +97,19 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def dram_bytes(self) -> int:
         return parse_size(self.dram)
+
+    @property
+    def ssd_bytes(self) -> int:
+        return 0 if self.ssd == "0" else parse_size(self.ssd)
+
+    @property
+    def ssd_read_bandwidth(self) -> float:
+        """Bytes per second; 0 without an SSD."""
+        return float(parse_size(self.ssd_read)) if self.ssd_bytes else 0.0
+
+    @property
+    def advertised(self) -> str:
+        return self.advertise or "127.0.0.1"
 
 
 def load_config(path: Path | None, flags: dict[str, Any]) -> ServeConfig:
@@ -134,8 +160,10 @@ def _check(config: ServeConfig) -> None:
     prefill, decode, mixed = config.roles
     for name, count in (("prefill", prefill), ("decode", decode), ("mixed", mixed)):
         require(0 <= count <= 64, f"--{name} must be between 0 and 64, got {count}")
-    require(prefill + mixed > 0, "no instance can prefill: give --prefill or --mixed at least 1")
-    require(decode + mixed > 0, "no instance can decode: give --decode or --mixed at least 1")
+    if config.join is None and config.listen_nodes is None:
+        require(prefill + mixed > 0, "no instance can prefill: give --prefill or --mixed at least 1")
+        require(decode + mixed > 0, "no instance can decode: give --decode or --mixed at least 1")
+    require(prefill + decode + mixed > 0, "a node needs an instance: give --prefill, --decode or --mixed at least 1")
     require(0 <= config.port <= 65535, f"--port must be between 0 and 65535, got {config.port}")
     require(
         config.block_tokens >= 16 and config.block_tokens % 16 == 0,
@@ -150,6 +178,13 @@ def _check(config: ServeConfig) -> None:
         value = getattr(config, name)
         require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
     require(config.dram_bytes > 0, f"--dram must be positive, got {config.dram}")
+    require(config.ssd_bytes == 0 or config.ssd_path is not None, f"--ssd {config.ssd} needs --ssd-path DIRECTORY")
+    require(config.join is None or config.listen_nodes is None, "--join and --listen-nodes exclude each other: join the head")
+    if config.eviction is not None:
+        choose("eviction", config.eviction, EVICTIONS)
+    for name in ("join", "listen_nodes"):
+        if (address := getattr(config, name)) is not None:
+            split_address(name.replace("_", "-"), address)
     require(
         config.chunk_tokens > config.max_batch,
         f"--chunk-tokens must exceed --max-batch ({config.max_batch}), got {config.chunk_tokens}",

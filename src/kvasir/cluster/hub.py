@@ -24,18 +24,21 @@ from kvasir.cluster.messages import (
     InstanceReport,
     Message,
     Pace,
+    PeerPool,
     Phase,
     PoolReport,
+    PrefixPlan,
     RunFailed,
     RunRequest,
     StepOutput,
     TokenOut,
 )
+from kvasir.cluster.names import pool_name
 from kvasir.cluster.pool_host import HUB, HUB_EPOCH
-from kvasir.cluster.pool_messages import Resync
+from kvasir.cluster.pool_messages import CopyBlocks, PeersChanged, Resync
 from kvasir.cluster.service import ClusterStatus, InstanceStatus, Output, Rejected, RequestFailed, Submission
 from kvasir.core import commands
-from kvasir.core.commands import Cancel, Decision, Decode, Fail, Prefill, Reject, SetRole, ShareCores
+from kvasir.core.commands import Cancel, Candidate, Decision, Decode, Fail, Prefill, Reject, SetRole, ShareCores
 from kvasir.core.errors import RequestError
 from kvasir.core.events import (
     Aborted,
@@ -56,13 +59,21 @@ from kvasir.core.events import (
 )
 from kvasir.core.keys import block_keys, root_key
 from kvasir.core.pool_events import OwnerLost, PoolEvent, PoolStats, ReleaseLease
-from kvasir.core.request import Request
+from kvasir.core.request import Request, Role
+from kvasir.core.tier import Tier
 from kvasir.engine.interface import ModelSpec, SampledToken
 from kvasir.scheduling.conductor import Conductor
 
 TICK_S = 1.0
 HEARTBEAT_DEADLINE_S = 20.0
 """An instance that is silent for so long is lost; a dead process is noticed at once by whoever started it."""
+
+SOFT_FACTOR = 2.0
+SOFT_LEAST_S = 0.1
+"""A prefix that has not come within this many times the predicted seconds, and so much more, is computed instead."""
+
+NUM_CHANGES = 4
+"""Events in one message of a pool: removed and stored, in DRAM and on SSD."""
 
 Send = Callable[[str, Message | PoolEvent], bool]
 """Delivers a message to a peer by name and says whether it could."""
@@ -83,6 +94,7 @@ class _Live:
     phase: Phase = Phase.BOTH
     cached: int | None = None
     prefilled: bool = False
+    node: str = ""  # where it prefills, and its KV waits for whoever decodes
 
     @property
     def run(self) -> str:
@@ -117,6 +129,7 @@ class Hub:
         self._live: dict[str, _Live] = {}
         self._instances: dict[str, _Instance] = {}
         self._pools: dict[str, PoolStats] = {}
+        self._peers: dict[str, PeerPool] = {}
         self._counters: Counter[str] = Counter()
         self._num_runs = 0
         self.on_silent: Callable[[str], None] = self.lose_instance
@@ -211,19 +224,47 @@ class Hub:
                 self._log.warning("run failed", run=run, instance=instance, error=error)
                 if (live := self._current(run)) is not None:
                     self._apply(Failed(live.submission.request_id, instance, error))
-            case BlocksChanged(node=node, seq=seq, stored=stored, removed=removed):
-                self._apply(BlocksRemoved(node, 2 * seq - 1, removed))
-                self._apply(BlocksStored(node, 2 * seq, stored))
+            case BlocksChanged():
+                self._take_changes(message)
             case PoolReport(node=node, stats=stats):
                 self._pools[node] = stats
             case HelloInstance(info=info):
                 self._instances[info.id] = _Instance(info, InstanceLoad(), self._clock())
                 self._log.info("instance joined", instance=info.id, role=info.role.value, node=info.node)
                 self._apply(InstanceJoined(info))
-            case HelloPool(node=node, num_slots=num_slots):
+            case HelloPool(node=node, num_slots=num_slots, peer=peer_pool):
                 self._pools[node] = PoolStats(slots=num_slots, free=num_slots)
+                self._introduce(node, peer_pool)
             case _:
                 self._log.warning("unexpected message", peer=peer, message=type(message).__name__)
+
+    def _take_changes(self, changes: BlocksChanged) -> None:
+        """One message is four events, so that a lost message is a gap in their numbers."""
+        node, first = changes.node, NUM_CHANGES * (changes.seq - 1) + 1
+        self._apply(BlocksRemoved(node, first, changes.removed))
+        self._apply(BlocksStored(node, first + 1, changes.stored))
+        self._apply(BlocksRemoved(node, first + 2, changes.ssd_removed, Tier.SSD))
+        self._apply(BlocksStored(node, first + 3, changes.ssd_stored, Tier.SSD))
+
+    def _introduce(self, node: str, peer: PeerPool | None) -> None:
+        """Tell every pool who else there is."""
+        if self._peers.get(node) == peer:
+            return
+        if (earlier := self._peers.pop(node, None)) is not None:
+            self._bury_peer(earlier)
+        if peer is not None:
+            self._peers[node] = peer
+        self._tell_peers()
+
+    def _tell_peers(self) -> None:
+        changed = PeersChanged(tuple(self._peers.values()))
+        for node in self._peers:
+            self._send(pool_name(node), changed)
+
+    def _bury_peer(self, peer: PeerPool) -> None:
+        """What a lost node's pool had leased elsewhere is free again."""
+        for node in self._peers:
+            self._send(pool_name(node), OwnerLost(pool_name(peer.node), peer.epoch))
 
     def lose_instance(self, name: str) -> None:
         """The instance's process is gone, or silent for too long."""
@@ -235,9 +276,27 @@ class Hub:
         self._apply(InstanceLost(name, instance.info.epoch))
 
     def lose_node(self, node: str) -> None:
-        """The node's pool process is gone, and every block with it."""
+        """The node is gone, with its pool process, its instances, and every block."""
         self._pools.pop(node, None)
+        self._introduce(node, None)
         self._apply(NodeLost(node))
+        for name in [name for name, instance in self._instances.items() if instance.info.node == node]:
+            self.lose_instance(name)
+
+    def drain(self, node: str) -> None:
+        """Give the node's instances nothing new."""
+        for instance in self._instances.values():
+            if instance.info.node == node:
+                instance.info = replace(instance.info, role=Role.DRAINING)
+                self._apply(InstanceJoined(instance.info))
+
+    def is_idle(self, node: str) -> bool:
+        """Whether no request is on the node's instances, nor will be."""
+        names = {name for name, instance in self._instances.items() if instance.info.node == node}
+        return not self._conductor.is_used(names)
+
+    def node_of(self, instance: str) -> str:
+        return self._instances[instance].info.node
 
     async def run_ticks(self) -> None:
         while True:
@@ -284,7 +343,7 @@ class Hub:
             live.prefilled = True
             self._apply(PrefillDone(live.submission.request_id, instance, live.cached or 0))
         elif instance in self._instances:
-            self._send(pool_name(self._instances[instance].info.node), ReleaseLease(HUB, HUB_EPOCH, run))
+            self._send(pool_name(self.node_of(instance)), ReleaseLease(HUB, HUB_EPOCH, run))
 
     def _current(self, run: str) -> _Live | None:
         live = self._live.get(run.rpartition("#")[0])
@@ -297,15 +356,12 @@ class Hub:
         self.on_event(event, now)
         for command in self._conductor.handle(event, now):
             match command:
-                case Prefill(request_id=request_id, instance=instance, decode=decode, decision=decision, rank=rank):
-                    self._record(decision)
-                    live = self._live[request_id]
-                    self._num_runs += 1
-                    live.attempt = self._num_runs
-                    live.prefilled = False
-                    self._run(request_id, instance, Phase.BOTH if decode == instance else Phase.PREFILL, rank)
+                case Prefill():
+                    self._record(command.decision)
+                    self._prefill(command)
                 case Decode(request_id=request_id, instance=instance):
-                    self._run(request_id, instance, Phase.DECODE)
+                    live, node = self._live[request_id], self.node_of(instance)
+                    self._run(request_id, instance, Phase.DECODE, source=live.node if live.node != node else None)
                 case Cancel(request_id=request_id, instance=instance):
                     self._send(instance, CancelRun(self._live[request_id].run))
                 case Reject(request_id=request_id, decision=decision):
@@ -320,14 +376,42 @@ class Hub:
                     known.info = replace(known.info, role=role)
                     self._log.info("role changed", instance=instance, role=role.value)
                     asyncio.get_running_loop().call_soon(self._apply, InstanceJoined(known.info))
-                case commands.Replicate(source=source, target=target):
-                    self._log.warning("no copy was made: blocks do not travel between nodes yet", source=source, target=target)
+                case commands.Replicate(source=source, target=target, keys=keys):
+                    self._counters["replications"] += 1
+                    self._send(pool_name(target), CopyBlocks(source, keys))
                 case commands.Resync(node=node):
                     self._send(pool_name(node), Resync())
                 case _:
                     raise AssertionError(f"the Conductor said {command!r}")
 
-    def _run(self, request_id: str, instance: str, phase: Phase, rank: float | None = None) -> None:
+    def _prefill(self, command: Prefill) -> None:
+        live, instance = self._live[command.request_id], command.instance
+        self._num_runs += 1
+        live.attempt = self._num_runs
+        live.prefilled = False
+        live.node = self.node_of(instance)
+        phase = Phase.BOTH if command.decode == instance else Phase.PREFILL
+        self._run(command.request_id, instance, phase, rank=command.rank, prefix=self._prefix_plan(command.candidate))
+
+    def _prefix_plan(self, candidate: Candidate) -> PrefixPlan | None:
+        """What to bring to DRAM first; None when what is there is all that is wanted."""
+        if candidate.source is None and not candidate.load_tokens:
+            return None
+        blocks = candidate.prefix_tokens // self._spec.block_tokens
+        within_s = SOFT_FACTOR * candidate.transfer_s + SOFT_LEAST_S
+        hidden_s = candidate.prefill_s * (1.0 - 1.0 / self._spec.shape.num_layers)
+        return PrefixPlan(blocks, candidate.source, within_s, hidden_s)
+
+    def _run(
+        self,
+        request_id: str,
+        instance: str,
+        phase: Phase,
+        *,
+        rank: float | None = None,
+        prefix: PrefixPlan | None = None,
+        source: str | None = None,
+    ) -> None:
         live = self._live[request_id]
         live.phase = phase
         submission = live.submission
@@ -342,6 +426,8 @@ class Hub:
             root=live.root,
             priority=submission.priority,
             rank=rank,
+            prefix=prefix,
+            source=source,
         )
         if not self._send(instance, message):
             self._counters["undelivered"] += 1
@@ -356,8 +442,3 @@ class Hub:
         self.on_decision(decision)
         self._counters[f"decisions_{decision.policy}"] += 1
         self._log.debug("decision", request=decision.request_id, chosen=decision.chosen, reason=decision.reason)
-
-
-def pool_name(node: str) -> str:
-    """The name under which a node's pool process speaks to the hub."""
-    return f"pool@{node}"

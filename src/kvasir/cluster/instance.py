@@ -23,6 +23,7 @@ from kvasir.cluster.messages import (
     InstanceReport,
     Pace,
     Phase,
+    PrefixPlan,
     RunFailed,
     RunRequest,
     Shutdown,
@@ -32,12 +33,12 @@ from kvasir.cluster.messages import (
 )
 from kvasir.cluster.pool_client import Pool
 from kvasir.core.commands import Chunk, HandOff, NeedPages, Preempt, Publish, Release, ReturnPages, Starved, Step
-from kvasir.core.errors import ClusterError, KvasirError
+from kvasir.core.errors import ClusterError, KvasirError, KvLost
 from kvasir.core.events import Cancelled, Event, InstanceInfo, InstanceLoad, PagesGranted, StepDone, Submitted, Tick
 from kvasir.core.keys import BlockKey, block_keys
 from kvasir.core.pool_events import KeyedSlot
 from kvasir.core.request import FinishReason
-from kvasir.engine.interface import Engine, SampledToken, SequenceSlice
+from kvasir.engine.interface import Engine, SampledToken, SequenceSlice, StepResult
 from kvasir.scheduling.batcher import Batcher
 
 HEARTBEAT_S = 0.5
@@ -81,6 +82,7 @@ class InstanceBody:
         pool: Pool,
         *,
         max_gap_s: float,
+        chunk_tokens: int,
         receive: Callable[[], Coroutine[Any, Any, ToInstance]],
         send: Callable[[FromInstance], bool],
     ):
@@ -89,6 +91,7 @@ class InstanceBody:
         self._batcher = batcher
         self._pool = pool
         self._max_gap_s = max_gap_s
+        self._chunk_tokens = chunk_tokens
         self._pauses = False
         self._receive = receive
         self._send = send
@@ -175,18 +178,37 @@ class InstanceBody:
         )
 
     async def _take_over(self, sequence: _Sequence) -> tuple[tuple[int, ...], int]:
-        pages = await self._pool.adopt(sequence.request.run)
-        return pages, len(sequence.tokens) - 1
+        """What was handed off: it is on offer on this node, or comes from another. The newest token is not computed yet."""
+        run, source = sequence.request.run, sequence.request.source
+        computed = len(sequence.tokens) - 1
+        if source is None:
+            return await self._pool.adopt(run), computed
+        keys = self._full_keys(sequence, computed)
+        return await self._pool.receive(run, keys, -(-computed // self._block_tokens), source), computed
 
     async def _prefix(self, sequence: _Sequence) -> tuple[tuple[int, ...], int]:
         """The cached prefix; at least one token is left to compute, since its logits are needed."""
-        usable = (len(sequence.tokens) - 1) // self._block_tokens
-        if usable:
-            sequence.key(usable - 1, self._block_tokens)
-        pages = await self._pool.lease(sequence.request.run, tuple(sequence.keys[:usable]))
+        run, plan = sequence.request.run, sequence.request.prefix
+        keys = self._full_keys(sequence, len(sequence.tokens) - 1)
+        if plan is None:
+            pages = await self._pool.lease(run, keys)
+        else:
+            pages = await self._pool.bring(run, keys, self._for_one_chunk(plan, len(sequence.tokens)))
         if sequence.cached is None:
             sequence.cached = len(pages) * self._block_tokens
         return pages, len(pages) * self._block_tokens
+
+    def _for_one_chunk(self, plan: PrefixPlan, num_tokens: int) -> PrefixPlan:
+        """Only the first step hides what is still coming."""
+        rest = max(1, num_tokens - plan.blocks * self._block_tokens)
+        return replace(plan, hidden_s=plan.hidden_s * min(1.0, self._chunk_tokens / rest))
+
+    def _full_keys(self, sequence: _Sequence, num_tokens: int) -> tuple[BlockKey, ...]:
+        """Of the blocks that the first `num_tokens` fill."""
+        full = num_tokens // self._block_tokens
+        if full:
+            sequence.key(full - 1, self._block_tokens)
+        return tuple(sequence.keys[:full])
 
     # --- what the Batcher wants --------------------------------------------------------------------------------
 
@@ -260,7 +282,7 @@ class InstanceBody:
         while True:
             step = await self._steps.get()
             slices = [self._slice(chunk) for chunk in (*self._batcher.decode_chunks(), *step.chunks)]
-            result = await self._engine.step(slices)
+            result = await self._compute(slices)
             outputs = tuple(self._grow(run, sampled) for run, sampled in result.tokens.items())
             self._apply(StepDone(tuple(out.run for out in outputs if out.finish is not None)))
             if outputs:
@@ -268,6 +290,18 @@ class InstanceBody:
                 self._tell(StepOutput(self._info.id, tuple(ends_first)))
             if self._pauses:
                 await asyncio.sleep(max(0.0, min(result.seconds, self._max_gap_s - result.seconds)))
+
+    async def _compute(self, slices: list[SequenceSlice]) -> StepResult:
+        """A step; whoever's cached blocks never come leaves it, and the others are computed again, to the same KV."""
+        while slices:
+            try:
+                return await self._engine.step(slices)
+            except KvLost as lost:
+                slices = [s for s in slices if s.request_id not in lost.request_ids]
+                for run in lost.request_ids:
+                    self._apply(Cancelled(run))
+                    self._fail(run, str(lost))
+        return StepResult({}, 0.0)
 
     def _slice(self, chunk: Chunk) -> SequenceSlice:
         sequence = self._sequences[chunk.request_id]

@@ -54,7 +54,16 @@ async def run_instance(setup: InstanceSetup) -> None:
             engine.attach(await pool.join())
             batcher = Batcher(_batcher_config(setup), setup.costs)
             max_gap_s = parse_duration(setup.config.slo_tbt) / 2
-            body = InstanceBody(info, engine, batcher, pool, max_gap_s=max_gap_s, receive=channel.recv, send=channel.send)
+            body = InstanceBody(
+                info,
+                engine,
+                batcher,
+                pool,
+                max_gap_s=max_gap_s,
+                chunk_tokens=setup.config.chunk_tokens,
+                receive=channel.recv,
+                send=channel.send,
+            )
             await body.run()
     finally:
         await engine.close()

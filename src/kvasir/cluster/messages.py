@@ -10,6 +10,8 @@ from kvasir.core.events import InstanceInfo, InstanceLoad
 from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import PoolStats
 from kvasir.core.request import FinishReason, Sampling
+from kvasir.engine.interface import ModelSpec
+from kvasir.store.messenger.interface import PeerArena
 
 
 class Message(Struct, frozen=True, tag=True):
@@ -27,11 +29,25 @@ class Phase(StrEnum):
     BOTH = "both"
 
 
+class PrefixPlan(Struct, frozen=True):
+    """Which blocks of a prompt are to be in place before it is computed: the first `blocks`.
+
+    What the node's DRAM lacks of them is read from its SSD, then fetched from node `source`. After `within_s` the rest is
+    computed instead, whatever has come by then. Computing may start `hidden_s` before the last layer has come.
+    """
+
+    blocks: int
+    source: str | None
+    within_s: float
+    hidden_s: float = 0.0
+
+
 class RunRequest(Message, frozen=True):
     """Run a request: `run` names this attempt at it, on every instance that takes part, and its lease in the pool.
 
     `tokens` (uint32, little-endian) are the prompt and what was sent to the client before (a request that moved). `rank` is its
-    prompt's place in the queue.
+    prompt's place in the queue. `prefix` says what to bring before a prefill; a hand-off waits in the pool of node `source`
+    (None: this instance's own).
     """
 
     run: str
@@ -43,6 +59,8 @@ class RunRequest(Message, frozen=True):
     root: BlockKey
     priority: int = 0
     rank: float | None = None
+    prefix: PrefixPlan | None = None
+    source: str | None = None
 
 
 class CancelRun(Message, frozen=True):
@@ -108,16 +126,32 @@ class InstanceReport(Message, frozen=True):
 # --- pool → hub --------------------------------------------------------------------------------------------
 
 
+class PeerPool(Struct, frozen=True):
+    """A node's pool as other nodes' pools reach it: `control` for leases, `arena` for bytes. `epoch` is its incarnation."""
+
+    node: str
+    epoch: int
+    control: str
+    arena: PeerArena
+
+
 class HelloPool(Message, frozen=True):
+    """`peer` is None for a pool that other nodes cannot reach."""
+
     node: str
     num_slots: int
+    peer: PeerPool | None = None
 
 
 class BlocksChanged(Message, frozen=True):
+    """The last word on each block that came or went, in DRAM and on the SSD; `seq` counts these messages from 1."""
+
     node: str
     seq: int
     stored: tuple[BlockKey, ...]
     removed: tuple[BlockKey, ...]
+    ssd_stored: tuple[BlockKey, ...] = ()
+    ssd_removed: tuple[BlockKey, ...] = ()
 
 
 class PoolReport(Message, frozen=True):
@@ -133,6 +167,68 @@ class Progress(Message, frozen=True):
     what: str
 
 
+# --- nodes that join -----------------------------------------------------------------------------------------
+
+
+class HelloNode(Message, frozen=True):
+    """A node asks to join: what of its model must agree, and which instances it will start."""
+
+    model: ModelSpec
+    num_instances: int
+
+
+class Welcome(Message, frozen=True):
+    """The node is in, under this name, as this incarnation. `max_model_len` is the cluster's; its pool must hold that."""
+
+    node: str
+    epoch: int
+    max_model_len: int
+    lease_s: float
+
+
+class NotWelcome(Message, frozen=True):
+    reason: str
+
+
+class NodeAlive(Message, frozen=True):
+    """Renews the node's lease; answered by HubAlive."""
+
+    node: str
+    epoch: int
+
+
+class HubAlive(Message, frozen=True):
+    """`known`: the node is a member. One that is not any more must stop and join anew."""
+
+    known: bool
+
+
+class InstanceGone(Message, frozen=True):
+    """An instance's process has ended, and will be started again or not."""
+
+    node: str
+    instance: str
+
+
+class LeaveNode(Message, frozen=True):
+    """The node wants to stop: give it no more work, and say Goodbye when it holds none."""
+
+    node: str
+
+
+class Goodbye(Message, frozen=True):
+    """Stop: the node has left, or the cluster ends."""
+
+
+class EndInstance(Message, frozen=True):
+    """Kill this instance's process: it is silent."""
+
+    instance: str
+
+
+FromJoiner = HelloNode | NodeAlive | InstanceGone | LeaveNode
+ToJoiner = Welcome | NotWelcome | HubAlive | EndInstance | Goodbye
+
 ToInstance = RunRequest | CancelRun | Pace | Shutdown
 FromInstance = HelloInstance | StepOutput | HandedOff | RunFailed | InstanceReport | Progress
-FromNode = FromInstance | HelloPool | BlocksChanged | PoolReport
+FromNode = FromInstance | HelloPool | BlocksChanged | PoolReport | FromJoiner

@@ -10,8 +10,9 @@ from typing import Protocol
 import msgspec
 import structlog
 
+from kvasir.cluster.messages import PrefixPlan
 from kvasir.cluster.pool_host import PoolHost
-from kvasir.cluster.pool_messages import OwnerAnswer, OwnerEvent, PoolCall, PoolReply
+from kvasir.cluster.pool_messages import BodyEvent, BringBlocks, OwnerAnswer, OwnerEvent, PoolCall, PoolReply, ReceiveLease
 from kvasir.cluster.wire import Channel, ZmqChannel
 from kvasir.core.errors import ClusterError, DeadlineExceeded, PoolError, StaleEpoch, UnknownLease
 from kvasir.core.keys import BlockKey
@@ -31,6 +32,9 @@ from kvasir.core.pool_events import (
 )
 from kvasir.engine.interface import Slots
 from kvasir.store.arena import Arena, open_arena
+
+RECEIVE_S = 30.0
+"""How long a hand-off from another node may take; its giver offers it for as long."""
 
 CALL_TIMEOUT_S = 5.0
 """The pool answers within a millisecond; a pool that is silent for so long is gone."""
@@ -57,8 +61,16 @@ class Pool(Protocol):
         """Append the reserved `slots` and let any instance adopt the lease for `ttl_s` from now."""
         ...
 
+    async def bring(self, lease: str, keys: Sequence[BlockKey], plan: PrefixPlan) -> tuple[int, ...]:
+        """As `lease`, after the planned prefix was brought from the SSD or from another node, or its time is over."""
+        ...
+
     async def adopt(self, lease: str) -> tuple[int, ...]:
         """Take over a lease on offer; all its slots in order."""
+        ...
+
+    async def receive(self, lease: str, keys: Sequence[BlockKey], count: int, source: str) -> tuple[int, ...]:
+        """As `adopt`, of a lease of `count` blocks that is on offer on another node; `keys` name the full ones."""
         ...
 
     def put_end(self, lease: str, blocks: Sequence[KeyedSlot]) -> None: ...
@@ -89,8 +101,17 @@ class PoolCaller:
     async def lease(self, lease: str, keys: Sequence[BlockKey]) -> tuple[int, ...]:
         return await self._open(LeaseBlocks(self._owner, self._epoch, lease, tuple(keys)))
 
+    async def bring(self, lease: str, keys: Sequence[BlockKey], plan: PrefixPlan) -> tuple[int, ...]:
+        event = BringBlocks(
+            self._owner, self._epoch, lease, tuple(keys), plan.blocks, plan.source, plan.within_s, plan.hidden_s
+        )
+        return await self._open(event, plan.within_s)
+
     async def adopt(self, lease: str) -> tuple[int, ...]:
         return await self._open(AdoptLease(self._owner, self._epoch, lease))
+
+    async def receive(self, lease: str, keys: Sequence[BlockKey], count: int, source: str) -> tuple[int, ...]:
+        return await self._open(ReceiveLease(self._owner, self._epoch, lease, tuple(keys), count, source), RECEIVE_S)
 
     async def offer(self, lease: str, slots: Sequence[int], ttl_s: float) -> None:
         deadline_s = self._clock() + ttl_s
@@ -106,10 +127,12 @@ class PoolCaller:
         if slots:
             self._link.tell(PutRevoke(self._owner, self._epoch, tuple(slots)))
 
-    async def _open(self, event: LeaseBlocks | AdoptLease) -> tuple[int, ...]:
+    async def _open(
+        self, event: LeaseBlocks | AdoptLease | BringBlocks | ReceiveLease, extra_s: float = 0.0
+    ) -> tuple[int, ...]:
         """A failed call is followed by a release at once: order makes it hit this lease and no later one of its name."""
         try:
-            answer = await self._link.call(event)
+            answer = await self._link.call(event, extra_s=extra_s)
         except (DeadlineExceeded, asyncio.CancelledError):
             with contextlib.suppress(ClusterError):
                 self.release(event.lease)
@@ -130,8 +153,13 @@ class Link(Protocol):
 
     async def join(self, event: OwnerJoined) -> Arena: ...
 
-    async def call(self, event: OwnerEvent, undo: Undo | None = None) -> OwnerAnswer | None:
-        """The answer. Raises PoolError and DeadlineExceeded; an answer that comes too late is given to `undo`."""
+    async def call(
+        self, event: OwnerEvent | BodyEvent, undo: Undo | None = None, *, extra_s: float = 0.0
+    ) -> OwnerAnswer | None:
+        """The answer. Raises PoolError and DeadlineExceeded; an answer that comes too late is given to `undo`.
+
+        `extra_s` is what the call may take beyond what any call may.
+        """
         ...
 
     def tell(self, event: OwnerEvent) -> None:
@@ -155,7 +183,7 @@ async def connect_pool(
     channel: Channel[PoolReply, PoolCall], owner: str, epoch: int, *, timeout_s: float = CALL_TIMEOUT_S
 ) -> AsyncIterator[Pool]:
     """The pool at the other end of a channel."""
-    link = _ChannelLink(channel, timeout_s)
+    link = ChannelLink(channel, timeout_s)
     async with asyncio.TaskGroup() as tasks:
         reader = tasks.create_task(link.read())
         try:
@@ -171,7 +199,7 @@ def local_pool(host: PoolHost, owner: str, epoch: int, clock: Callable[[], float
 
 def attach_slots(arena: Arena) -> Slots:
     """The arena as an engine wants it."""
-    return Slots(arena.memory, arena.stride, arena.generations)
+    return Slots(arena.memory, arena.stride, arena.generations, arena.missing)
 
 
 class _LocalLink:
@@ -179,17 +207,19 @@ class _LocalLink:
         self._host = host
 
     async def join(self, event: OwnerJoined) -> Arena:
-        _checked(self._host.handle(event))
+        _checked(self._host.ask(event))
         return self._host.arena
 
-    async def call(self, event: OwnerEvent, undo: Undo | None = None) -> OwnerAnswer | None:
-        return _checked(self._host.handle(event))
+    async def call(
+        self, event: OwnerEvent | BodyEvent, undo: Undo | None = None, *, extra_s: float = 0.0
+    ) -> OwnerAnswer | None:
+        return _checked(self._host.ask(_at_once(event)))
 
     def tell(self, event: OwnerEvent) -> None:
         self._host.handle(event)
 
 
-class _ChannelLink:
+class ChannelLink:
     def __init__(self, channel: Channel[PoolReply, PoolCall], timeout_s: float):
         self._channel = channel
         self._timeout_s = timeout_s
@@ -220,14 +250,16 @@ class _ChannelLink:
         assert reply.arena is not None, "the pool answers a join with its arena"
         return open_arena(reply.arena)
 
-    async def call(self, event: OwnerEvent, undo: Undo | None = None) -> OwnerAnswer | None:
-        return (await self._ask(event, undo)).answer
+    async def call(
+        self, event: OwnerEvent | BodyEvent, undo: Undo | None = None, *, extra_s: float = 0.0
+    ) -> OwnerAnswer | None:
+        return (await self._ask(event, undo, extra_s)).answer
 
     def tell(self, event: OwnerEvent) -> None:
         if not self._channel.send(PoolCall(event)):
             raise ClusterError(f"the pool takes no more messages: {type(event).__name__} was not sent")
 
-    async def _ask(self, event: OwnerEvent, undo: Undo | None) -> PoolReply:
+    async def _ask(self, event: OwnerEvent | BodyEvent, undo: Undo | None, extra_s: float = 0.0) -> PoolReply:
         self._next_id += 1
         call_id = self._next_id
         waiter: asyncio.Future[PoolReply] = asyncio.get_running_loop().create_future()
@@ -238,20 +270,31 @@ class _ChannelLink:
         if undo is not None:
             self._undo[call_id] = undo
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self._timeout_s + extra_s):
                 reply = await waiter
         except BaseException as error:
             if waiter.done() and not waiter.cancelled():  # it came in the very turn in which the wait ended
                 self._take_back(call_id, waiter.result())
             if isinstance(error, TimeoutError):
                 what = type(event).__name__
-                raise DeadlineExceeded(f"the pool did not answer {what} within {self._timeout_s:g} s") from None
+                raise DeadlineExceeded(f"the pool did not answer {what} within {self._timeout_s + extra_s:g} s") from None
             raise
         finally:
             del self._waiting[call_id]
         self._undo.pop(call_id, None)
         _checked(reply.answer)
         return reply
+
+
+def _at_once(event: OwnerEvent | BodyEvent) -> OwnerEvent:
+    """A pool without a body brings nothing: the same call over what is there."""
+    match event:
+        case BringBlocks():
+            return LeaseBlocks(event.owner, event.epoch, event.lease, event.keys)
+        case ReceiveLease():
+            return AdoptLease(event.owner, event.epoch, event.lease)
+        case _:
+            return event
 
 
 def _checked(answer: OwnerAnswer | None) -> OwnerAnswer | None:

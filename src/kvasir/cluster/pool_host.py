@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvasir.cluster.messages import BlocksChanged, HelloPool
+from kvasir.cluster.messages import BlocksChanged, HelloPool, PeerPool
 from kvasir.core.errors import InvariantError
 from kvasir.core.keys import BlockKey
-from kvasir.core.pool_events import Leased, OwnerJoined, PoolEvent, PoolTick, Refused, Removed, Reserved, Stored
+from kvasir.core.pool_events import (
+    Leased,
+    Loaded,
+    Loading,
+    OwnerJoined,
+    PoolEvent,
+    PoolTick,
+    Refused,
+    Removed,
+    Reserved,
+    Spill,
+    Stored,
+)
+from kvasir.core.tier import Tier
 from kvasir.pool.node import PoolNode
 from kvasir.store.arena import Arena
 
@@ -15,38 +28,59 @@ HUB = "hub"
 HUB_EPOCH = 0
 """The hub may withdraw offers; it holds nothing, so its restarts need no epochs."""
 
+MESSENGER = "messenger"
+MESSENGER_EPOCH = 0
+"""Owner of what the pool's own body brings: it lives as long as the pool."""
+
+Answer = Reserved | Leased | Loading | Loaded | Refused | None
+
 
 class PoolHost:
-    """Feeds the brain, keeps the slots' generations, and collects which blocks came and went."""
+    """Feeds the brain, keeps the slots' generations, and collects which blocks came and went.
 
-    def __init__(self, name: str, node: PoolNode, arena: Arena, clock: Callable[[], float]):
+    `on_spill` hears of each block that is to be written to the SSD; whoever does it says SpillDone.
+    """
+
+    def __init__(self, name: str, node: PoolNode, arena: Arena, clock: Callable[[], float], *, peer: PeerPool | None = None):
         self.node = node
         self.arena = arena
+        self.on_spill: Callable[[Spill], None] = _no_ssd
         self._name = name
         self._clock = clock
-        self._changed: dict[BlockKey, bool] = {}
+        self._peer = peer
+        self._changed: dict[tuple[Tier, BlockKey], bool] = {}
         self._seq = 0
         self._dirty = False
         self.start_over()
         self.node.handle(OwnerJoined(HUB, HUB_EPOCH), clock())
+        self.node.handle(OwnerJoined(MESSENGER, MESSENGER_EPOCH), clock())
 
-    def handle(self, event: PoolEvent) -> Reserved | Leased | Refused | None:
+    def handle(self, event: PoolEvent) -> Answer:
         """The answer for the owner that asked; None when there is nothing to say."""
-        answer: Reserved | Leased | Refused | None = None
+        answer: Answer = None
         self._dirty = True
         for said in self.node.handle(event, self._clock()):
             match said:
-                case Stored(keys=keys):
-                    self._changed.update(dict.fromkeys(keys, True))
-                case Removed(keys=keys):
-                    self._changed.update(dict.fromkeys(keys, False))
-                case Reserved(slots=slots):
+                case Stored(keys=keys, tier=tier):
+                    self._changed.update({(tier, key): True for key in keys})
+                case Removed(keys=keys, tier=tier):
+                    self._changed.update({(tier, key): False for key in keys})
+                case Reserved(slots=slots) | Loading(slots=slots):
                     self.arena.generations[list(slots)] += 1
+                    self.arena.missing[list(slots)] = 0
                     answer = said
-                case Leased() | Refused():
+                case Leased() | Loaded() | Refused():
                     answer = said
-        if len(self._changed) > 2 * self.node.num_slots:
+                case Spill():
+                    self.on_spill(said)
+        if len(self._changed) > 2 * (self.node.num_slots + self.node.stats().ssd_slots):
             self.start_over()
+        return answer
+
+    def ask(self, event: PoolEvent) -> Reserved | Leased | Refused | None:
+        """As `handle`, for an event that brings nothing from the SSD."""
+        answer = self.handle(event)
+        assert not isinstance(answer, Loading | Loaded), answer
         return answer
 
     @property
@@ -60,9 +94,14 @@ class PoolHost:
         """What changed since `confirm_changes`, the last word on each key; None when nothing did."""
         if not self.has_changes:
             return None
-        stored = tuple(key for key, is_stored in self._changed.items() if is_stored)
-        removed = tuple(key for key, is_stored in self._changed.items() if not is_stored)
-        return BlocksChanged(self._name, self._seq + 1, stored, removed)
+        return BlocksChanged(
+            self._name,
+            self._seq + 1,
+            stored=self._told(Tier.DRAM, is_stored=True),
+            removed=self._told(Tier.DRAM, is_stored=False),
+            ssd_stored=self._told(Tier.SSD, is_stored=True),
+            ssd_removed=self._told(Tier.SSD, is_stored=False),
+        )
 
     def confirm_changes(self) -> None:
         """The last `changes` are on their way."""
@@ -75,12 +114,12 @@ class PoolHost:
         Also when more is untold than the inventory could be, so that a hub that does not listen costs bounded memory.
         """
         self._seq = 0
-        self._changed = dict.fromkeys(self.node.inventory(), True)
+        self._changed = {(tier, key): True for tier in Tier for key in self.node.inventory(tier)}
         self.needs_hello = True
 
     def hello(self) -> HelloPool:
         """To be told before any changes when `needs_hello`."""
-        return HelloPool(self._name, self.node.num_slots)
+        return HelloPool(self._name, self.node.num_slots, self._peer)
 
     def confirm_hello(self) -> None:
         """The hello is on its way."""
@@ -96,3 +135,10 @@ class PoolHost:
         except InvariantError as error:
             return error
         return None
+
+    def _told(self, tier: Tier, *, is_stored: bool) -> tuple[BlockKey, ...]:
+        return tuple([key for (where, key), stored in self._changed.items() if where is tier and stored is is_stored])
+
+
+def _no_ssd(spill: Spill) -> None:
+    raise InvariantError(f"a node without an SSD said {spill!r}")

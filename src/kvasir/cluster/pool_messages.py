@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kvasir.cluster.messages import BlocksChanged, HelloPool, Message, PoolReport, Shutdown
+from kvasir.cluster.messages import BlocksChanged, HelloPool, Message, PeerPool, PoolReport, Shutdown
+from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import (
     AdoptLease,
     LeaseBlocks,
@@ -10,6 +11,7 @@ from kvasir.core.pool_events import (
     OfferLease,
     OwnerJoined,
     OwnerLost,
+    PoolEvent,
     PutEnd,
     PutRevoke,
     PutStart,
@@ -19,8 +21,35 @@ from kvasir.core.pool_events import (
 )
 from kvasir.store.arena import ArenaHandle
 
+
+class BringBlocks(PoolEvent, frozen=True):
+    """As LeaseBlocks, after the pool's body has brought the first `blocks` of `keys` to DRAM: from its SSD, then from node
+    `source`. What has not come within `within_s` is not waited for. The answer may come `hidden_s` early: then slots of the
+    lease are still being written, layer by layer (see engine/landing.py), and it is open when their last layer has come.
+    """
+
+    lease: str
+    keys: tuple[BlockKey, ...]
+    blocks: int
+    source: str | None
+    within_s: float
+    hidden_s: float = 0.0
+
+
+class ReceiveLease(PoolEvent, frozen=True):
+    """As AdoptLease, of a lease of `count` blocks that is on offer on node `source`; `keys` name the full ones."""
+
+    lease: str
+    keys: tuple[BlockKey, ...]
+    count: int
+    source: str
+
+
 OwnerEvent = OwnerJoined | PutStart | PutEnd | PutRevoke | LeaseBlocks | ReleaseLease | OfferLease | AdoptLease
-"""What an instance may ask. That an owner is lost is for the hub to say."""
+"""What the brain answers to an instance, or to another node's pool. That an owner is lost is for the hub to say."""
+
+BodyEvent = BringBlocks | ReceiveLease
+"""What takes the pool's body time."""
 
 OwnerAnswer = Reserved | Leased | Refused
 
@@ -28,7 +57,7 @@ OwnerAnswer = Reserved | Leased | Refused
 class PoolCall(Message, frozen=True):
     """An event from an instance. Without an `id` it is answered only when it is refused."""
 
-    event: OwnerEvent
+    event: OwnerEvent | BodyEvent
     id: int | None = None
 
 
@@ -44,7 +73,20 @@ class Resync(Message, frozen=True):
     """Hub to pool: I lost track. Answered with HelloPool and the whole inventory, as BlocksChanged counted from 1."""
 
 
-ToPool = OwnerLost | ReleaseLease | Resync | Shutdown
-"""What the hub tells a pool: an instance died, an offer is withdrawn, start over, stop."""
+class PeersChanged(Message, frozen=True):
+    """Hub to pool: all other nodes whose pools can be reached, now."""
+
+    peers: tuple[PeerPool, ...]
+
+
+class CopyBlocks(Message, frozen=True):
+    """Hub to pool: fetch these blocks, a prefix in order, from node `source`; best effort."""
+
+    source: str
+    keys: tuple[BlockKey, ...]
+
+
+ToPool = OwnerLost | ReleaseLease | Resync | PeersChanged | CopyBlocks | Shutdown
+"""What the hub tells a pool: an owner died, an offer is withdrawn, start over, who else is there, copy, stop."""
 
 FromPool = HelloPool | BlocksChanged | PoolReport

@@ -14,14 +14,36 @@ import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
+from kvasir.cluster.bringer import Bringer, Disk, Mover
+from kvasir.cluster.config import choose
 from kvasir.cluster.lifeline import child_config, remove_runtime_directory, run_child
 from kvasir.cluster.messages import PoolReport, Shutdown
+from kvasir.cluster.names import pool_name
+from kvasir.cluster.peers import OpenChannel, Peers, tcp_channel
 from kvasir.cluster.pool_host import PoolHost
-from kvasir.cluster.pool_messages import FromPool, PoolCall, PoolReply, Resync, ToPool
+from kvasir.cluster.pool_messages import (
+    BodyEvent,
+    BringBlocks,
+    CopyBlocks,
+    FromPool,
+    OwnerAnswer,
+    OwnerEvent,
+    PeersChanged,
+    PoolCall,
+    PoolReply,
+    ReceiveLease,
+    Resync,
+    ToPool,
+)
 from kvasir.cluster.wire import Channel, Listener, ZmqChannel, ZmqListener
-from kvasir.core.errors import KvasirError
-from kvasir.core.pool_events import OwnerJoined, OwnerLost, Refused, ReleaseLease
+from kvasir.core.errors import ConfigError, KvasirError
+from kvasir.core.pool_events import LeaseBlocks, OwnerJoined, OwnerLost, Refused, ReleaseLease
+from kvasir.costs.fitted import FittedCost
+from kvasir.costs.roofline import RooflineCost
+from kvasir.pool.cost_aware import block_seconds
+from kvasir.pool.eviction import Eviction
 from kvasir.pool.node import PoolNode
+from kvasir.pool.policies import EVICTIONS
 from kvasir.store.arena import create_arena
 from kvasir.store.prefault import Prefault
 from kvasir.telemetry import logs
@@ -33,11 +55,17 @@ REPORT_S = 1.0
 TICK_S = 0.1
 CHECK_S = 5.0
 
+MAX_BRINGING = 64
+"""Requests for which blocks are being brought at a time; beyond, what is in place must do."""
+
 
 class PoolConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """`listen` is where instances connect, `hub` where the hub listens, which knows this process as `name`.
 
-    `runtime_directory` is removed at the end when the parent is gone and cannot do it; None leaves it alone.
+    `runtime_directory` is removed at the end when the parent is gone and cannot do it; None leaves it alone. Other nodes
+    reach this pool at `advertise` (a host name or address); None: no port is opened. `identity` names what makes a block's
+    bytes what they are; the SSD tier in `ssd_path` holds blocks of no other. Eviction is by name, and by the seconds that
+    `costs` says a block takes to compute.
     """
 
     name: str
@@ -46,7 +74,16 @@ class PoolConfig(Struct, frozen=True, forbid_unknown_fields=True):
     hub: str
     num_slots: int
     slot_bytes: int
+    block_tokens: int = 64
+    num_layers: int = 1
+    costs: FittedCost | RooflineCost | None = None
+    eviction: str = "lru"
+    epoch: int = 1
     runtime_directory: str | None = None
+    advertise: str | None = None
+    identity: str = ""
+    ssd_path: str | None = None
+    ssd_bytes: int = 0
     log_level: str = "info"
     log_json: bool = False
 
@@ -54,48 +91,110 @@ class PoolConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class PoolBody:
     """Runs until the hub says Shutdown or its task is cancelled."""
 
-    def __init__(self, host: PoolHost, node: str, *, instances: Listener[PoolCall, PoolReply], hub: Channel[ToPool, FromPool]):
+    def __init__(
+        self,
+        host: PoolHost,
+        node: str,
+        *,
+        epoch: int = 1,
+        instances: Listener[PoolCall, PoolReply],
+        hub: Channel[ToPool, FromPool],
+        mover: Mover | None = None,
+        disk: Disk | None = None,
+        num_layers: int = 1,
+        open_channel: OpenChannel = tcp_channel,
+    ):
+        """Without a `mover` nothing comes from other nodes; without a `disk` there is no SSD."""
         self._host = host
         self._node = node
+        self._epoch = epoch
         self._instances = instances
         self._hub = hub
+        self._mover = mover
+        self._disk = disk
+        self._num_layers = num_layers
+        self._open_channel = open_channel
+        self._num_bringing = 0
         self._flush_due = False
         self._log = structlog.get_logger().bind(part="pool", node=node)
         self.broken_invariants = 0
 
     async def run(self) -> None:
         self._flush()
-        async with asyncio.TaskGroup() as tasks:
-            background = [tasks.create_task(work()) for work in (self._serve, self._tick, self._report)]
-            await self._obey()
-            for task in background:
-                task.cancel()
+        async with asyncio.TaskGroup() as self._tasks:
+            self._peers = Peers(pool_name(self._node), self._epoch, self._open_channel, self._tasks)
+            self._bringer = Bringer(
+                self._host,
+                self._peers,
+                mover=self._mover,
+                disk=self._disk,
+                num_layers=self._num_layers,
+                tasks=self._tasks,
+            )
+            background = [self._tasks.create_task(work()) for work in (self._serve, self._tick, self._report)]
+            try:
+                await self._obey()
+            finally:
+                for task in background:
+                    task.cancel()
+                self._peers.close()
 
     async def _serve(self) -> None:
-        """Answer instances. An event must carry its sender's own name."""
+        """Answer instances and other pools. An event must carry its sender's own name."""
         while True:
             peer, call = await self._instances.recv()
             event = call.event
             if event.owner != peer:
                 self._log.warning("spoke in another's name, ignored", peer=peer, owner=event.owner)
-                continue
-            answer = self._host.handle(event)
-            self._flush_soon()
-            if isinstance(answer, Refused):
-                self._log.warning("refused", peer=peer, event_type=type(event).__name__, why=answer.message)
-            elif call.id is None:
-                continue
-            arena = self._host.arena.handle if isinstance(event, OwnerJoined) else None
-            if not self._instances.send(peer, PoolReply(call.id, answer, arena)):
-                self._log.warning("answer undeliverable", peer=peer, event_type=type(event).__name__)
+            elif isinstance(event, BringBlocks | ReceiveLease):
+                self._tasks.create_task(self._bring(peer, call.id, event))
+            else:
+                if isinstance(event, ReleaseLease):
+                    self._bringer.let_go(peer, event.lease)
+                elif isinstance(event, OwnerJoined):
+                    self._bringer.let_go(peer)
+                self._reply(peer, call.id, event, self._host.ask(event))
+
+    async def _bring(self, peer: str, call_id: int | None, event: BringBlocks | ReceiveLease) -> None:
+        """In a task of its own. With too many of them under way, what is there must do."""
+        self._num_bringing += 1
+        try:
+            answer = await self._brought(event)
+        finally:
+            self._num_bringing -= 1
+        self._reply(peer, call_id, event, answer)
+
+    async def _brought(self, event: BodyEvent) -> OwnerAnswer | None:
+        if isinstance(event, ReceiveLease):
+            return await self._bringer.receive(event)
+        if self._num_bringing > MAX_BRINGING:
+            return self._host.ask(LeaseBlocks(event.owner, event.epoch, event.lease, event.keys))
+        return await self._bringer.bring(event)
+
+    def _reply(self, peer: str, call_id: int | None, event: OwnerEvent | BodyEvent, answer: OwnerAnswer | None) -> None:
+        self._flush_soon()
+        if isinstance(answer, Refused):
+            self._log.warning("refused", peer=peer, event_type=type(event).__name__, why=answer.message)
+        elif call_id is None:
+            return
+        arena = self._host.arena.handle if isinstance(event, OwnerJoined) else None
+        if not self._instances.send(peer, PoolReply(call_id, answer, arena)):
+            self._log.warning("answer undeliverable", peer=peer, event_type=type(event).__name__)
 
     async def _obey(self) -> None:
         """Do what the hub says until it says Shutdown."""
         while True:
             match await self._hub.recv():
                 case OwnerLost() | ReleaseLease() as event:
+                    if isinstance(event, OwnerLost):
+                        self._bringer.let_go(event.owner)
                     self._host.handle(event)
                     self._flush_soon()
+                case PeersChanged(peers=peers):
+                    self._peers.update(tuple([peer for peer in peers if peer.node != self._node]))
+                case CopyBlocks(source=source, keys=keys):
+                    if self._num_bringing < MAX_BRINGING:
+                        self._tasks.create_task(self._bringer.copy(source, keys))
                 case Resync():
                     self._host.start_over()
                     self._flush_soon()
@@ -146,7 +245,7 @@ async def serve(config: PoolConfig) -> None:
     """Make the arena, open the sockets, run; all of it is gone at the end."""
     logs.setup(config.log_level, json=config.log_json)
     arena = create_arena(config.num_slots, config.slot_bytes)
-    host = PoolHost(config.node, PoolNode(config.num_slots), arena, asyncio.get_running_loop().time)
+    host = PoolHost(config.node, _brain(config), arena, asyncio.get_running_loop().time)
     hub: ZmqChannel[ToPool, FromPool] = ZmqChannel(config.hub, config.name, msgspec.msgpack.Decoder(ToPool))
     try:
         instances: ZmqListener[PoolCall, PoolReply] = ZmqListener(config.listen, msgspec.msgpack.Decoder(PoolCall))
@@ -158,6 +257,18 @@ async def serve(config: PoolConfig) -> None:
             instances.close()
     finally:
         hub.close()
+
+
+def _brain(config: PoolConfig) -> PoolNode:
+    return PoolNode(config.num_slots, _eviction(config))
+
+
+def _eviction(config: PoolConfig) -> Eviction:
+    def no_seconds(depth: int) -> float:
+        raise ConfigError(f"eviction {config.eviction} needs costs")
+
+    seconds = no_seconds if config.costs is None else block_seconds(config.costs, config.block_tokens)
+    return choose("eviction", config.eviction, EVICTIONS)(seconds)
 
 
 def main() -> None:

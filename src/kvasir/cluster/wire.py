@@ -94,6 +94,14 @@ def tcp_address(host: str, port: int) -> str:
     return f"tcp://{host}:{port}"
 
 
+def split_address(name: str, address: str) -> tuple[str, int]:
+    """HOST:PORT of the setting `name`. Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"--{name} must be HOST:PORT, got {address!r}")
+    return host.strip("[]"), int(port)
+
+
 class ZmqListener(Generic[In, Out]):
     """A listener over a ZeroMQ ROUTER. A peer that comes back under its name takes the name over from its dead self."""
 
@@ -104,12 +112,16 @@ class ZmqListener(Generic[In, Out]):
         self._decoder = decoder
         self._encoder = msgspec.msgpack.Encoder()
         self.dropped = 0
+        self.address = self.listen_too(address)
+
+    def listen_too(self, address: str) -> str:
+        """Listen on another address as well; returns it with the port that was chosen. Raises ClusterError."""
         try:
             self._frames.socket.bind(address)
         except zmq.ZMQError as error:
             self._frames.close()
             raise ClusterError(f"cannot listen on {address}: {error}") from error
-        self.address = self._frames.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        return self._frames.socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     async def recv(self) -> tuple[str, In]:
         while True:

@@ -9,7 +9,8 @@
     │   ├── StaleEpoch         the caller is an earlier incarnation of its process
     │   └── UnknownLease       the lease was released, or its owner died
     ├── ClusterError           a process of the cluster failed or did not answer
-    │   └── DeadlineExceeded   a wait outlived its deadline
+    │   ├── DeadlineExceeded   a wait outlived its deadline
+    │   └── KvLost             blocks that a step was to read never came
     └── InvariantError         check() found a broken invariant: a bug of ours
 
 A message is one line: what, got, expected, remedy. Overload is not an error: it is a `Reject` command.
@@ -65,6 +66,14 @@ class ClusterError(KvasirError):
 
 class DeadlineExceeded(ClusterError):
     """A wait outlived its deadline."""
+
+
+class KvLost(ClusterError):
+    """Blocks that a step was to read, and that were still on their way, never came. Nothing that it computed may be used."""
+
+    def __init__(self, request_ids: list[str]):
+        super().__init__(f"cached blocks of {', '.join(request_ids)} did not come")
+        self.request_ids = tuple(request_ids)
 
 
 class InvariantError(KvasirError):

@@ -15,14 +15,15 @@ class Role(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     MIXED = "mixed"
+    DRAINING = "draining"  # finishes what it has, and gets nothing new
 
     @property
     def can_prefill(self) -> bool:
-        return self is not Role.DECODE
+        return self is Role.PREFILL or self is Role.MIXED
 
     @property
     def can_decode(self) -> bool:
-        return self is not Role.PREFILL
+        return self is Role.DECODE or self is Role.MIXED
 
 
 class FinishReason(StrEnum):

@@ -8,8 +8,10 @@ from collections.abc import Awaitable, Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from kvasir.core.errors import KvLost
 from kvasir.costs.model import CostModel
 from kvasir.engine.interface import ModelSpec, SampledToken, SequenceSlice, Slots, StepResult
+from kvasir.engine.landing import LOOK_S, PATIENCE_S, Landing
 
 _WORD = np.dtype("<u4")
 
@@ -34,15 +36,24 @@ class FakeEngine:
         self._costs = cost_model
         self._sleep = sleep
         self._slots: npt.NDArray[np.uint32] | None = None
+        self._landing: Landing | None = None
 
     def attach(self, slots: Slots) -> None:
         count = len(slots.memory) // slots.stride
         rows = slots.memory[: count * slots.stride].reshape(count, slots.stride)
+        self._landing = Landing(slots.missing, self.spec.shape.num_layers, self.spec.block_tokens)
         self._slots = rows[:, : _WORD.itemsize * self.spec.block_tokens].view(_WORD)  # [slots, block_tokens]
 
     async def step(self, slices: Sequence[SequenceSlice]) -> StepResult:
         seconds = self._seconds(slices)
+        landing = self._landed()
+        landing.begin(slices)
         await self._sleep(seconds)
+        give_up = PATIENCE_S
+        while not landing.is_here(self.spec.shape.num_layers - 1):
+            if (give_up := give_up - LOOK_S) < 0.0:
+                raise KvLost([s.request_id for s in slices])
+            await self._sleep(LOOK_S)
         for s in slices:
             self._write(s)
         return StepResult({s.request_id: self._draw(s) for s in slices if s.sampling is not None}, seconds)
@@ -83,6 +94,11 @@ class FakeEngine:
         if self._slots is None:
             raise RuntimeError("step: expected an open engine with an arena attached")
         return self._slots
+
+    def _landed(self) -> Landing:
+        if self._landing is None:
+            raise RuntimeError("step: expected an open engine with an arena attached")
+        return self._landing
 
 
 def _is_decode(s: SequenceSlice) -> bool:

@@ -37,6 +37,11 @@ class ModelSpec(Struct, frozen=True):
     eos_token_ids: tuple[int, ...]
 
     @property
+    def kv_identity(self) -> str:
+        """What makes a block's bytes what they are, besides its tokens."""
+        return f"{self.identity}/{self.dtype}/{self.layout}/{self.block_tokens}"
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of one block's KV in all layers."""
         return self.block_tokens * self.shape.kv_bytes_per_token
@@ -47,12 +52,14 @@ class Slots:
     """The arena as an engine sees it: slot i is `memory[i * stride : i * stride + spec.slot_bytes]`.
 
     `memory` is writable uint8, shared between the processes of the node. `generations[i]` (uint32) grows each time slot i is
-    reserved anew, so that a copy of a slot elsewhere can be told to be stale.
+    reserved anew, so that a copy of a slot elsewhere can be told to be stale. `missing[i]` (uint32) layers of slot i are still
+    on their way (see engine/landing.py).
     """
 
     memory: npt.NDArray[np.uint8]
     stride: int
     generations: npt.NDArray[np.uint32]
+    missing: npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +104,10 @@ class Engine(Protocol):
         ...
 
     async def step(self, slices: Sequence[SequenceSlice]) -> StepResult:
-        """Compute the slices in one forward pass, write their KV to their pages, sample where asked."""
+        """Compute the slices in one forward pass, write their KV to their pages, sample where asked.
+
+        Raises KvLost when cached blocks of some slices never come; the others can be computed again without those.
+        """
         ...
 
     async def close(self) -> None: ...

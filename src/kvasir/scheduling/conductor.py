@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from random import Random
 
 from msgspec import structs
@@ -117,6 +117,10 @@ class Conductor:
     def placed(self, request_id: str) -> Placed | None:
         """Where a request is, to be read only; None before its arrival and after its outcome."""
         return self._requests.get(request_id)
+
+    def is_used(self, instances: Set[str]) -> bool:
+        """Whether any request is on one of these instances, or will decode there."""
+        return any(placed.decode in instances or not instances.isdisjoint(placed.holders) for placed in self._requests.values())
 
     def check(self) -> None:
         """Raises InvariantError unless requests, fleet and directory agree, both ways."""

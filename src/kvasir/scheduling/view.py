@@ -140,6 +140,11 @@ class ClusterView(Struct, frozen=True, dict=True):
         rest_s = _by_value(self.prefill_s, prefills.deep_tokens) / prefills.pace
         return np.where(read_s > 0.0, self.exposed_s(read_s, rest_s) + rest_s, math.inf)
 
+    @cached_property
+    def own_s(self) -> Floats:
+        """Per instance: prefill from what its own node holds, in DRAM or on SSD, whichever is faster."""
+        return np.minimum(self.local_s, self.load_s)
+
     def transfer_s(self, tokens: int) -> float:
         """Moving the KV of so many tokens from one node to another."""
         return self.costs.transfer_s(tokens * self.kv_bytes_per_token) if tokens > 0 else 0.0
@@ -153,6 +158,10 @@ class ClusterView(Struct, frozen=True, dict=True):
     def local(self, row: int) -> Candidate:
         """Use what the node holds in DRAM, compute the rest."""
         return self._candidate(row, int(self.prefills.prefix_tokens[row]), float(self.local_s[row]))
+
+    def own(self, row: int) -> Candidate:
+        """The plan behind `own_s`."""
+        return self.load(row) if self.load_s[row] < self.local_s[row] else self.local(row)
 
     def fetch(self, row: int) -> Candidate:
         """Bring the longest prefix to the node, compute the rest. Only where `fetch_s` is finite."""

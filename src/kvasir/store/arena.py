@@ -1,7 +1,7 @@
 """A node's DRAM arena: equal slots of shared memory that the pool process makes and the instances of the node map.
 
     0            4096                      header_bytes
-    | magic, sizes | generations (uint32) … | slot 0 | slot 1 | … |        every part starts on a page
+    | magic, sizes | generations (uint32) … | missing (uint32) … | slot 0 | slot 1 | … |        every part starts on a page
 
 The memory is a memfd: it has no name, so nothing is left behind when its last process ends, however it ends. Another process
 opens it as /proc/<pid>/fd/<fd> (same user, same pid namespace), which needs no second socket as passing the descriptor over
@@ -26,7 +26,7 @@ from kvasir.core.units import format_size
 
 PAGE_BYTES = 4096
 MAGIC = b"KVASIRKV"
-VERSION = 1
+VERSION = 2
 RESERVE = 0.05
 """Share of the machine's memory that an arena may not take."""
 
@@ -48,11 +48,13 @@ class ArenaHandle(Struct, frozen=True):
 class Arena:
     """Slot i is `memory[i * stride : i * stride + slot_bytes]`; `generations[i]` grows each time slot i is reserved anew.
 
-    Both arrays are shared: a write by one process is seen by all. The mapping lives as long as any array over it.
+    `missing[i]` is how many of its layers are still on their way here. All arrays are shared: a write by one process is seen
+    by all. The mapping lives as long as any array over it.
     """
 
     memory: npt.NDArray[np.uint8]
     generations: npt.NDArray[np.uint32]
+    missing: npt.NDArray[np.uint32]
     handle: ArenaHandle
 
     @property
@@ -75,7 +77,7 @@ class Arena:
 
 def slots_that_fit(dram_bytes: int, slot_bytes: int) -> int:
     """How many slots an arena of at most `dram_bytes` has."""
-    return max(0, dram_bytes - PAGE_BYTES) // (_stride(slot_bytes) + 4)
+    return max(0, dram_bytes - PAGE_BYTES) // (_stride(slot_bytes) + 8)
 
 
 def create_arena(num_slots: int, slot_bytes: int) -> Arena:
@@ -115,8 +117,9 @@ def _arena(mapped: mmap.mmap, handle: ArenaHandle) -> Arena:
     if hasattr(mmap, "MADV_HUGEPAGE"):  # honoured where shmem_enabled is `advise`; costs nothing elsewhere
         mapped.madvise(mmap.MADV_HUGEPAGE)
     everything = np.frombuffer(mapped, dtype=np.uint8)
-    generations = everything[PAGE_BYTES : PAGE_BYTES + 4 * handle.num_slots].view(np.uint32)
-    return Arena(everything[_header_bytes(handle.num_slots) :], generations, handle)
+    first, second = PAGE_BYTES, PAGE_BYTES + _stride(4 * handle.num_slots)
+    generations, missing = (everything[at : at + 4 * handle.num_slots].view(np.uint32) for at in (first, second))
+    return Arena(everything[_header_bytes(handle.num_slots) :], generations, missing, handle)
 
 
 def _stride(slot_bytes: int) -> int:
@@ -124,7 +127,7 @@ def _stride(slot_bytes: int) -> int:
 
 
 def _header_bytes(num_slots: int) -> int:
-    return PAGE_BYTES + _stride(4 * num_slots)
+    return PAGE_BYTES + 2 * _stride(4 * num_slots)
 
 
 def _require_same(fd: int, size: int, handle: ArenaHandle) -> None:

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvasir.core.errors import ModelError
+from kvasir.core.errors import KvLost, ModelError
 from kvasir.engine.interface import SequenceSlice, Slots
 from kvasir.engine.torch.device_pages import Bools, DevicePages, Ints
 from kvasir.engine.torch.kernels import KvLayout, KvView
+from kvasir.engine.torch.kv import landing_of
 from kvasir.engine.torch.overlap import CudaOverlap, NoOverlap, Overlap
 
 _DEVICE_SHARE = 0.8  # of the memory that is free after the weights; the rest is for activations
@@ -36,6 +37,7 @@ class DeviceKv:
         """`num_slots` blocks are kept on the device; None takes most of its free memory."""
         self._arena = KvView(torch.from_numpy(slots.memory), layout, slots.stride)
         self._generations = slots.generations
+        self._landing = landing_of(slots, layout)
         num_pages = num_slots or _pages_that_fit(device, layout)
         self.view = KvView.empty(num_pages, layout, device)
         self._pages = DevicePages(num_slots=self._arena.num_slots, num_pages=num_pages)
@@ -59,7 +61,12 @@ class DeviceKv:
         claim = self._pages.claim(slots, generations=self._generations[slots].astype(np.int64), needed=needed)
         self._step = _plan(slots, claim.pages, is_missing=claim.is_missing, needed=needed, filled=filled, device=self._device)
         self._loaded.clear()
-        self._load(0)
+        self._landing.begin(slices)
+        try:
+            self._load(0)
+        except KvLost:
+            self.abort()
+            raise
         return [part.tolist() for part in np.split(claim.pages[place], np.cumsum([len(u) for u in used])[:-1])]
 
     def before_layer(self, layer: int) -> None:
@@ -99,6 +106,7 @@ class DeviceKv:
     def _load(self, layer: int) -> None:
         """Start to copy one layer of the step's missing blocks to the device."""
         step = self._current()
+        self._landing.wait(layer)
         if len(step.load_slots):
             staged = self._host_buffer((len(step.load_slots), self.view.layout.layer_bytes), torch.uint8)
             torch.index_select(_layer_bytes(self._arena, layer), 0, step.load_slots, out=staged)

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from kvasir.engine.interface import SequenceSlice, Slots
+from kvasir.engine.landing import Landing
 from kvasir.engine.torch.kernels import KvLayout, KvView
 
 
@@ -38,16 +39,20 @@ class KvAccess(Protocol):
 
 
 class InPlaceKv:
-    """KV in memory that attention reads and writes where it lies; there is nothing to move."""
+    """KV in memory that attention reads and writes where it lies; nothing is moved. With a `landing` it may be yet to come."""
 
-    def __init__(self, view: KvView) -> None:
+    def __init__(self, view: KvView, landing: Landing | None = None) -> None:
         self.view = view
+        self._landing = landing
 
     def begin(self, slices: Sequence[SequenceSlice]) -> list[Sequence[int]]:
+        if self._landing is not None:
+            self._landing.begin(slices)
         return [s.pages for s in slices]
 
     def before_layer(self, layer: int) -> None:
-        pass
+        if self._landing is not None:
+            self._landing.wait(layer)
 
     def after_layer(self, layer: int) -> None:
         pass
@@ -61,4 +66,9 @@ class InPlaceKv:
 
 def in_place_kv(slots: Slots, layout: KvLayout) -> InPlaceKv:
     """The CPU's way: the arena's slots themselves, mapped without a copy."""
-    return InPlaceKv(KvView(torch.from_numpy(slots.memory), layout, slots.stride))
+    return InPlaceKv(KvView(torch.from_numpy(slots.memory), layout, slots.stride), landing_of(slots, layout))
+
+
+def landing_of(slots: Slots, layout: KvLayout) -> Landing:
+    """What is still on its way to these slots."""
+    return Landing(slots.missing, layout.num_layers, layout.block_tokens)

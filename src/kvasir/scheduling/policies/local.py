@@ -12,4 +12,4 @@ class Local:
     name = "local"
 
     def place(self, view: ClusterView, rng: Random) -> Choice:
-        return best_of(view.prefills.wait_s + view.local_s, view.local, "least TTFT from local caches")
+        return best_of(view.prefills.wait_s + view.own_s, view.own, "least TTFT from local caches")

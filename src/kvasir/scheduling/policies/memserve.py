@@ -22,12 +22,12 @@ class MemServe:
     name = "memserve"
 
     def place(self, view: ClusterView, rng: Random) -> Choice:
-        return best_of(view.prefills.wait_s + view.local_s, lambda row: _plan(view, row), "least cost from own prompt tree")
+        return best_of(view.prefills.wait_s + view.own_s, lambda row: _plan(view, row), "least cost from own prompt tree")
 
 
 def _plan(view: ClusterView, row: int) -> Candidate:
     if not np.isfinite(view.fetch_s[row]):
-        return view.local(row)
+        return view.own(row)
     transfer_s = view.transfer_s(view.best_tokens - int(view.prefills.prefix_tokens[row]))
-    saved_s = view.local_s[row] - view.prefill_s(view.best_tokens) / view.prefills.pace[row]
-    return view.fetch(row) if transfer_s <= saved_s else view.local(row)
+    saved_s = view.own_s[row] - view.prefill_s(view.best_tokens) / view.prefills.pace[row]
+    return view.fetch(row) if transfer_s <= saved_s else view.own(row)

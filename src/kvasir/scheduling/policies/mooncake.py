@@ -29,6 +29,6 @@ class Mooncake:
 
     def place(self, view: ClusterView, rng: Random) -> Choice:
         is_short = view.best_tokens > self.balancing_threshold * view.prefills.prefix_tokens
-        fetches = is_short & (view.fetch_s < view.local_s)
-        ttft_s = view.prefills.wait_s + np.where(fetches, view.fetch_s, view.local_s)
-        return best_of(ttft_s, lambda row: view.fetch(row) if fetches[row] else view.local(row), "least TTFT by Algorithm 1")
+        fetches = is_short & (view.fetch_s < view.own_s)
+        ttft_s = view.prefills.wait_s + np.where(fetches, view.fetch_s, view.own_s)
+        return best_of(ttft_s, lambda row: view.fetch(row) if fetches[row] else view.own(row), "least TTFT by Algorithm 1")

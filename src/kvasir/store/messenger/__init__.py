@@ -1,0 +1,1 @@
+"""Moves blocks between the arenas of nodes."""
