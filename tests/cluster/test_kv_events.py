@@ -29,8 +29,11 @@ from kvasir.cluster.kv_events.publisher import END
 from kvasir.core.errors import ConfigError
 from kvasir.core.events import BlocksRemoved, BlocksStored, Inventory, NodeLost
 from kvasir.core.keys import block_keys
+from kvasir.core.request import Role
 from kvasir.core.tier import Tier
 from kvasir.pool.directory import BlockDirectory
+from tests.cluster.harness import SPEC, answer, cluster, submission
+from tests.cluster.virtual_time import run_virtual
 
 ROOT = b"r" * 16
 BLOCK = 4
@@ -420,7 +423,7 @@ async def publishing(
 
 
 async def published_again(world: World, endpoint: str, replay: str) -> KvEventPublisher:
-    """A publisher at an address that another one has just left: ZeroMQ gives a port back some time after its socket was closed."""
+    """A publisher where another one was a moment ago: ZeroMQ gives a port back some time after its socket was closed."""
     wire = WireFormat(hashes="bytes")
     async with asyncio.timeout(DEADLINE_S):
         while True:
@@ -709,3 +712,37 @@ class TestSubscriber:
             with pytest.raises(ConfigError, match="--kv-events-replay: cannot listen"):
                 async with publishing(World(), replay=publisher.endpoint):
                     pass
+
+
+def test_a_follower_of_a_running_cluster_knows_the_blocks_of_every_node_by_their_tokens() -> None:
+    """Prompts, answers, evictions and two nodes: whoever computes keys from the tokens has the directory that we have."""
+    stream = EventStream(Lineage(16), WireFormat(hashes="int"))
+    found, directory = follower(root=SPEC.root_key(""), block_tokens=16)
+
+    def hear(brain: str, event: Any, now: float) -> None:
+        if brain == "conductor" and stream.hear(event):
+            for node, events in stream.take():
+                found.take(encode(Batch(now, events, stream.rank_of(node)), "array"))
+
+    def learn(keys: Any, tokens: Any, parent: Any, salt: str) -> None:
+        stream.lineage.learn(keys, tokens, parent=parent, salt=salt)
+
+    async def scenario() -> None:
+        roles = {"prefill-0": Role.PREFILL, "decode-0": Role.DECODE, "mixed-0@node1": Role.MIXED}
+        async with cluster(roles, num_slots=40, hear=hear) as running:
+            running.hub.on_blocks = learn
+            rng = Random(3)
+            for number in range(12):
+                prompt = [rng.randrange(1, 997) for _ in range(rng.randrange(10, 150))]
+                asked = [submission(f"{number}.{turn}", prompt, 40) for turn in range(2)]
+                await asyncio.gather(*(answer(running.hub, one) for one in asked))
+            await asyncio.sleep(5.0)
+            assert stream.unknown_blocks == found.counts.orphans == 0
+            for node, host in running.hosts.items():
+                place = f"vllm/{stream.rank_of(node)}"
+                held = set(host.node.inventory())
+                assert {key for key in held if place in directory.holders(key)} == held
+                assert found.num_blocks(stream.rank_of(node)) == len(held) > 0
+
+    run_virtual(scenario())
+    assert found.counts.events > 50

@@ -59,6 +59,10 @@ class InstanceStatus:
     info: InstanceInfo
     load: InstanceLoad
     heartbeat_age_s: float
+    output_tokens: int = 0
+    """Tokens drawn since the start."""
+    prompt_tokens: int = 0
+    """Prompt tokens computed since the start."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from kvasir.cluster.kv_events.follower import Follower, FollowerCounts
 from kvasir.cluster.kv_events.format import AllBlocksCleared, Batch, BlockRemoved, BlockStored, WireFormat
 from kvasir.cluster.kv_events.lineage import Lineage
 from kvasir.cluster.kv_events.publisher import KvEventPublisher
+from kvasir.cluster.kv_events.setup import kv_event_publisher
 from kvasir.cluster.kv_events.stream import EventStream
 from kvasir.cluster.kv_events.subscriber import KvEventSubscriber
 
@@ -19,4 +20,5 @@ __all__ = [
     "KvEventSubscriber",
     "Lineage",
     "WireFormat",
+    "kv_event_publisher",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 import structlog
@@ -22,6 +22,7 @@ from kvasir.cluster.kv_events.stream import EventStream
 from kvasir.cluster.wire import Frames
 from kvasir.core.errors import ConfigError
 from kvasir.core.events import Event
+from kvasir.core.keys import BlockKey
 
 BUFFER_STEPS = 10_000
 """Messages kept for repetition; vLLM's default."""
@@ -97,6 +98,10 @@ class KvEventPublisher:
         self._pub.close()
         if self._router is not None:
             self._router.close()
+
+    def learn(self, keys: Sequence[BlockKey], tokens: Sequence[int], parent: BlockKey | None, salt: str) -> None:
+        """Which tokens these blocks stand for, so that subscribers can be told; for `Hub.on_blocks`."""
+        self._stream.lineage.learn(keys, tokens, parent=parent, salt=salt)
 
     def hear(self, event: Event) -> None:
         """Publish what the event means for subscribers, at the end of this turn of the loop, so that a burst is one message."""

@@ -41,7 +41,7 @@ class EventStream:
     """
 
     def __init__(self, lineage: Lineage, wire: WireFormat):
-        self._lineage = lineage
+        self.lineage = lineage
         self._wire = wire
         self._nodes: dict[str, _Node] = {}
         self._untold: dict[str, list[KvEvent]] = {}
@@ -135,7 +135,7 @@ class EventStream:
         unknown: list[BlockKey] = []
         run = _Run()
         for key in keys:
-            ancestry = self._lineage.get(key)
+            ancestry = self.lineage.get(key)
             if ancestry is None:
                 unknown.append(key)
                 continue
@@ -162,7 +162,7 @@ class EventStream:
             block_hashes=hashes,
             parent_block_hash=None if run.parent is None else self._wire.hash_of(run.parent),
             token_ids=token_list(b"".join(run.tokens)),
-            block_size=self._lineage.block_tokens,
+            block_size=self.lineage.block_tokens,
             lora_id=None,
             medium=MEDIUMS[tier],
             lora_name=None,
