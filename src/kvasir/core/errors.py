@@ -9,13 +9,18 @@
     │   ├── StaleEpoch         the caller is an earlier incarnation of its process
     │   └── UnknownLease       the lease was released, or its owner died
     ├── ClusterError           a process of the cluster failed or did not answer
-    │   └── DeadlineExceeded   a wait outlived its deadline
+    │   ├── DeadlineExceeded   a wait outlived its deadline
+    │   └── TransferError      bytes did not come or go; says why with a cause
     └── InvariantError         check() found a broken invariant: a bug of ours
 
 A message is one line: what, got, expected, remedy. Overload is not an error: it is a `Reject` command.
 """
 
 from __future__ import annotations
+
+from typing import Literal
+
+TransferCause = Literal["refused", "cut", "stalled", "stale_arena", "out_of_range", "garbled"]
 
 
 class KvasirError(Exception):
@@ -65,6 +70,19 @@ class ClusterError(KvasirError):
 
 class DeadlineExceeded(ClusterError):
     """A wait outlived its deadline."""
+
+
+class TransferError(ClusterError):
+    """Bytes did not come or go; nothing of it may be used, and nothing writes into the local slots any more.
+
+    `cause` is `refused` (nobody listens, no room, not granted), `cut` (the connection or its process ended), `stalled` (too late
+    or no progress), `stale_arena` (another incarnation), `out_of_range` (slots or bytes that do not exist) or `garbled` (a
+    peer that does not speak the protocol).
+    """
+
+    def __init__(self, message: str, *, cause: TransferCause):
+        super().__init__(message)
+        self.cause: TransferCause = cause
 
 
 class InvariantError(KvasirError):
