@@ -39,8 +39,8 @@ from kvasir.scheduling.chunking import BatcherConfig
 from kvasir.scheduling.conductor import Conductor
 from kvasir.scheduling.placer import ConductorConfig
 from kvasir.scheduling.strategy import strategy
-from kvasir.store.arena import create_arena
-from kvasir.store.messenger.interface import PeerArena
+from kvasir.store.arena import ArenaHandle, create_arena
+from kvasir.store.messenger.transport import PeerArena
 
 NODE = "node0"
 BLOCK = 16
@@ -339,4 +339,4 @@ async def _no_sleep(seconds: float) -> None:
 
 
 def peer_arena(node: str) -> PeerArena:
-    return PeerArena(node, b"")
+    return PeerArena(node, ArenaHandle(0, 0, b"", 0, 0, 0), "here")

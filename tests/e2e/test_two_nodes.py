@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -40,16 +41,33 @@ def settings(checkpoint: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
+@dataclass
+class Node:
+    """A second node, as its operator would start it."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def ends(self, status: int) -> str:
+        """What it said until it ended with this status."""
+        found = self.process.wait(60.0)
+        said = self.log.read_text()
+        assert found == status, said
+        return said
+
+
 @contextmanager
-def joined(address: str, checkpoint: Path, **changes: Any) -> Iterator[subprocess.Popen[str]]:
-    """A second node, as its operator would start it; killed with all its processes at the end."""
+def joined(address: str, checkpoint: Path, **changes: Any) -> Iterator[Node]:
+    """Killed with all its processes at the end."""
     values = settings(checkpoint, join=address, **changes)
     model = values.pop("model")
     flags = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", "kvasir.cli.main", "serve", model, *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    log = checkpoint.parent / f"{time.monotonic_ns()}.log"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(command, stderr=stderr, start_new_session=True)
     try:
-        yield process
+        yield Node(process, log)
     finally:
         if process.poll() is None:
             process.kill()
@@ -107,8 +125,8 @@ def test_a_node_that_joins_takes_part_and_leaves_in_order(head: RealCluster, ref
         used = set(head.cluster.hub.status().pools)
         assert len(used) == 2
         head.run(idle(head.hub))
-        node.send_signal(signal.SIGINT)
-        assert node.wait(30.0) == 0
+        node.process.send_signal(signal.SIGINT)
+        assert "left the cluster" in node.ends(0)
         wait_until(head, 2)
     ask_all(head, reference, "alone", traffic(2000, 4))
 
@@ -119,7 +137,7 @@ def test_a_node_that_is_killed_in_mid_stream_costs_no_token(head: RealCluster, r
 
         def kill(count: int) -> None:
             if count == 5:
-                os.killpg(node.pid, signal.SIGKILL)
+                os.killpg(node.process.pid, signal.SIGKILL)
 
         ask_all(head, reference, "killed", traffic(3000, 16), kill)
         wait_until(head, 2)
@@ -127,13 +145,9 @@ def test_a_node_that_is_killed_in_mid_stream_costs_no_token(head: RealCluster, r
 
 def test_a_node_of_another_model_is_refused(head: RealCluster, checkpoint: Path) -> None:
     with joined(address(head), checkpoint, prefill=1, decode=1, block_tokens=32) as node:
-        assert node.wait(60.0) == 2
-        assert node.stderr is not None
-        assert "block_tokens is 32, the cluster's is 16" in node.stderr.read()
+        assert "block_tokens is 32, the cluster's is 16" in node.ends(2)
 
 
 def test_a_node_that_finds_nobody_says_so(checkpoint: Path) -> None:
     with joined("127.0.0.1:9", checkpoint, prefill=1, decode=1) as node:
-        assert node.wait(60.0) == 2
-        assert node.stderr is not None
-        assert "nobody answers at 127.0.0.1:9" in node.stderr.read()
+        assert "nobody answers at 127.0.0.1:9" in node.ends(2)

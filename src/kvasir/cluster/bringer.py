@@ -40,7 +40,7 @@ from kvasir.core.pool_events import (
     Reserved,
 )
 from kvasir.engine.landing import LOST
-from kvasir.store.messenger.interface import PeerArena
+from kvasir.store.messenger.transport import PeerArena
 
 READ_S = 20.0
 """No read from another node takes longer; beyond, it is given up."""

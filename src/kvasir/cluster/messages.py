@@ -11,7 +11,7 @@ from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import PoolStats
 from kvasir.core.request import FinishReason, Sampling
 from kvasir.engine.interface import ModelSpec
-from kvasir.store.messenger.interface import PeerArena
+from kvasir.store.messenger.transport import PeerArena
 
 
 class Message(Struct, frozen=True, tag=True):

@@ -15,7 +15,7 @@ from kvasir.cluster.wire import Channel, ZmqChannel
 from kvasir.core.errors import ClusterError
 from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import AdoptLease, LeaseBlocks, Leased, OwnerJoined, ReleaseLease
-from kvasir.store.messenger.interface import PeerArena
+from kvasir.store.messenger.transport import PeerArena
 
 PEER_TIMEOUT_S = 2.0
 """A pool on another node answers within milliseconds; one that is silent for so long is taken to be lost."""

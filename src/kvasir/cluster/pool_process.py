@@ -6,6 +6,7 @@ python -m kvasir.cluster.pool_process --config pool.json
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from msgspec.structs import replace
 from kvasir.cluster.bringer import Bringer, Disk, Mover
 from kvasir.cluster.config import choose
 from kvasir.cluster.lifeline import child_config, remove_runtime_directory, run_child
-from kvasir.cluster.messages import PoolReport, Shutdown
+from kvasir.cluster.messages import PeerPool, PoolReport, Shutdown
+from kvasir.cluster.mover import TransportMover
 from kvasir.cluster.names import pool_name
 from kvasir.cluster.peers import OpenChannel, Peers, tcp_channel
 from kvasir.cluster.pool_host import PoolHost
@@ -35,7 +37,7 @@ from kvasir.cluster.pool_messages import (
     Resync,
     ToPool,
 )
-from kvasir.cluster.wire import Channel, Listener, ZmqChannel, ZmqListener
+from kvasir.cluster.wire import Channel, Listener, ZmqChannel, ZmqListener, tcp_address
 from kvasir.core.errors import ConfigError, KvasirError
 from kvasir.core.pool_events import LeaseBlocks, OwnerJoined, OwnerLost, Refused, ReleaseLease
 from kvasir.costs.fitted import FittedCost
@@ -44,7 +46,8 @@ from kvasir.pool.cost_aware import block_seconds
 from kvasir.pool.eviction import Eviction
 from kvasir.pool.node import PoolNode
 from kvasir.pool.policies import EVICTIONS
-from kvasir.store.arena import create_arena
+from kvasir.store.arena import Arena, create_arena
+from kvasir.store.messenger import PeerArena, ShmTransport, TcpServer, TcpTransport, host_identity
 from kvasir.store.prefault import Prefault
 from kvasir.telemetry import logs
 
@@ -245,18 +248,34 @@ async def serve(config: PoolConfig) -> None:
     """Make the arena, open the sockets, run; all of it is gone at the end."""
     logs.setup(config.log_level, json=config.log_json)
     arena = create_arena(config.num_slots, config.slot_bytes)
-    host = PoolHost(config.node, _brain(config), arena, asyncio.get_running_loop().time)
-    hub: ZmqChannel[ToPool, FromPool] = ZmqChannel(config.hub, config.name, msgspec.msgpack.Decoder(ToPool))
-    try:
-        instances: ZmqListener[PoolCall, PoolReply] = ZmqListener(config.listen, msgspec.msgpack.Decoder(PoolCall))
+    async with contextlib.AsyncExitStack() as stack:
         prefault = Prefault(arena)
-        try:
-            await PoolBody(host, config.node, instances=instances, hub=hub).run()
-        finally:
-            prefault.stop()
-            instances.close()
-    finally:
-        hub.close()
+        stack.callback(prefault.stop)
+        hub: ZmqChannel[ToPool, FromPool] = ZmqChannel(config.hub, config.name, msgspec.msgpack.Decoder(ToPool))
+        stack.callback(hub.close)
+        instances: ZmqListener[PoolCall, PoolReply] = ZmqListener(config.listen, msgspec.msgpack.Decoder(PoolCall))
+        stack.callback(instances.close)
+        peer, mover = await _reach(config, arena, instances, stack)
+        host = PoolHost(config.node, _brain(config), arena, asyncio.get_running_loop().time, peer=peer)
+        body = PoolBody(
+            host, config.node, epoch=config.epoch, instances=instances, hub=hub, mover=mover, num_layers=config.num_layers
+        )
+        await body.run()
+
+
+async def _reach(
+    config: PoolConfig, arena: Arena, instances: ZmqListener[PoolCall, PoolReply], stack: contextlib.AsyncExitStack
+) -> tuple[PeerPool | None, Mover | None]:
+    """Be reachable for other nodes' pools, and able to read from their arenas; neither without an address."""
+    if config.advertise is None:
+        return None, None
+    control = instances.listen_too(tcp_address(config.advertise, 0))
+    server = await TcpServer.start(arena, config.advertise)
+    stack.push_async_callback(server.close)
+    mover = TransportMover(arena, config.num_layers, [ShmTransport(arena), TcpTransport(arena)])
+    stack.push_async_callback(mover.close)
+    here = PeerArena(config.node, arena.handle, host_identity(), tcp=server.address)
+    return PeerPool(config.node, config.epoch, control, here), mover
 
 
 def _brain(config: PoolConfig) -> PoolNode:

@@ -10,13 +10,18 @@
     │   └── UnknownLease       the lease was released, or its owner died
     ├── ClusterError           a process of the cluster failed or did not answer
     │   ├── DeadlineExceeded   a wait outlived its deadline
-    │   └── KvLost             blocks that a step was to read never came
+    │   ├── KvLost             blocks that a step was to read never came
+    │   └── TransferError      bytes did not come or go; says why with a cause
     └── InvariantError         check() found a broken invariant: a bug of ours
 
 A message is one line: what, got, expected, remedy. Overload is not an error: it is a `Reject` command.
 """
 
 from __future__ import annotations
+
+from typing import Literal
+
+TransferCause = Literal["refused", "cut", "stalled", "stale_arena", "out_of_range", "garbled"]
 
 
 class KvasirError(Exception):
@@ -74,6 +79,19 @@ class KvLost(ClusterError):
     def __init__(self, request_ids: list[str]):
         super().__init__(f"cached blocks of {', '.join(request_ids)} did not come")
         self.request_ids = tuple(request_ids)
+
+
+class TransferError(ClusterError):
+    """Bytes did not come or go; nothing of it may be used, and nothing writes into the local slots any more.
+
+    `cause` is `refused` (nobody listens, no room, not granted), `cut` (the connection or its process ended), `stalled` (too late
+    or no progress), `stale_arena` (another incarnation), `out_of_range` (slots or bytes that do not exist) or `garbled` (a
+    peer that does not speak the protocol).
+    """
+
+    def __init__(self, message: str, *, cause: TransferCause):
+        super().__init__(message)
+        self.cause: TransferCause = cause
 
 
 class InvariantError(KvasirError):
