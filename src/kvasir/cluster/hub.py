@@ -136,6 +136,7 @@ class Hub:
         self._live: dict[str, _Live] = {}
         self._instances: dict[str, _Instance] = {}
         self._pools: dict[str, PoolStats] = {}
+        self._reports: dict[str, PoolReport] = {}
         self._peers: dict[str, PeerPool] = {}
         self._counters: Counter[str] = Counter()
         self._num_runs = 0
@@ -211,7 +212,15 @@ class Hub:
         )
         ready = self._conductor.ready
         reason = "" if ready else "waiting for instances that can prefill and decode"
-        return ClusterStatus(ready, reason, instances, dict(self._pools), dict(self._counters + self._conductor.counters))
+        return ClusterStatus(
+            ready,
+            reason,
+            instances,
+            dict(self._pools),
+            dict(self._counters + self._conductor.counters),
+            {node: report.transports for node, report in self._reports.items()},
+            {node: report.tenants for node, report in self._reports.items()},
+        )
 
     # --- the instances' and pools' side ------------------------------------------------------------------------
 
@@ -236,6 +245,7 @@ class Hub:
                 self._take_changes(message)
             case PoolReport(node=node, stats=stats):
                 self._pools[node] = stats
+                self._reports[node] = message
             case HelloInstance(info=info):
                 self._instances[info.id] = _Instance(info, InstanceLoad(), self._clock())
                 self._log.info("instance joined", instance=info.id, role=info.role.value, node=info.node)
@@ -286,6 +296,7 @@ class Hub:
     def lose_node(self, node: str) -> None:
         """The node is gone, with its pool process, its instances, and every block."""
         self._pools.pop(node, None)
+        self._reports.pop(node, None)
         self._introduce(node, None)
         self._apply(NodeLost(node))
         for name in [name for name, instance in self._instances.items() if instance.info.node == node]:

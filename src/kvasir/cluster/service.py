@@ -11,6 +11,7 @@ from kvasir.core.errors import ClusterError
 from kvasir.core.events import InstanceInfo, InstanceLoad
 from kvasir.core.pool_events import PoolStats
 from kvasir.core.request import FinishReason, Sampling
+from kvasir.core.usage import TenantUsage, TransportStats
 from kvasir.engine.interface import ModelSpec, SampledToken
 
 
@@ -74,6 +75,8 @@ class ClusterStatus:
     instances: tuple[InstanceStatus, ...]
     pools: dict[str, PoolStats]
     counters: dict[str, float] = field(default_factory=dict)
+    transports: dict[str, tuple[TransportStats, ...]] = field(default_factory=dict)
+    tenants: dict[str, tuple[TenantUsage, ...]] = field(default_factory=dict)
 
 
 class Service(Protocol):

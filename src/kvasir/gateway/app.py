@@ -24,7 +24,11 @@ from kvasir.telemetry.metrics import Metrics
 def make_app(service: Service, tokenizer: Tokenizer, config: GatewayConfig) -> FastAPI:
     """The ASGI application that answers for `service`. Serve it with `serve_http`."""
     metrics = Metrics(
-        model=config.served_model_name or service.spec.name, block_tokens=service.spec.block_tokens, status=service.status
+        model=config.served_model_name or service.spec.name,
+        block_tokens=service.spec.block_tokens,
+        status=service.status,
+        block_bytes=service.spec.slot_bytes,
+        slo=config.slo,
     )
     desk = Desk(service, tokenizer, config, metrics)
     app = _DocumentedApp(title="Kvasir", summary="KVCache-centric, disaggregated LLM serving", redirect_slashes=False)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvasir.core.errors import ConfigError
+from kvasir.core.request import Slo
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +16,8 @@ class GatewayConfig:
     """The name that clients give in `model`; the checkpoint's own name when unset."""
     api_keys: tuple[str, ...] = ()
     """Accepted `Authorization: Bearer` keys; each is a tenant of its own. None configured: the API is open."""
+    slo: Slo = field(default_factory=Slo)
+    """By which answers count as effective."""
     max_body_bytes: int = 4 * 2**20
     """Longest request body; half a million tokens of text fit."""
     max_choices: int = 128
