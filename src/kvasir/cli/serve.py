@@ -23,6 +23,7 @@ from kvasir.cluster.kv_events import KvEventPublisher, kv_event_publisher
 from kvasir.cluster.local import LocalCluster, fit_to_pool
 from kvasir.cluster.messages import Progress
 from kvasir.cluster.model import model_spec
+from kvasir.cluster.operator import Operator
 from kvasir.core.errors import ConfigError
 from kvasir.core.events import Event
 from kvasir.core.request import Slo
@@ -84,12 +85,18 @@ async def run_server(config: ServeConfig) -> None:
         screen.say(f"--dram {config.dram} limits the context to {spec.max_model_len:,} of {whole.max_model_len:,} tokens")
     costs = load_costs(config.profile, spec)
     tokenizer = Tokenizer.load(spec.path)
-    gateway = GatewayConfig(served_model_name=spec.name, api_keys=tuple(config.api_key))
+    gateway = GatewayConfig(
+        served_model_name=spec.name,
+        api_keys=tuple(config.api_key),
+        admin_keys=tuple(config.admin_key),
+        slo=Slo(parse_duration(config.slo_ttft), parse_duration(config.slo_tbt)),
+    )
     publisher = kv_event_publisher(config, spec)
     with _recording(config) as log:
         make_hub = _hub_maker(config, spec, costs, log, publisher)
         cluster = LocalCluster(config, spec, costs, make_hub, on_progress=screen.progress)
-        app = make_app(cluster.hub, tokenizer, gateway)
+        operator = Operator(cluster.hub, cluster.tell, asyncio.get_running_loop().time)
+        app = make_app(cluster.hub, tokenizer, gateway, operator)
         # in this order, so that answers that run may end before the cluster does
         publishing = nullcontext() if publisher is None else publisher.running()
         serving = serve_http(app, config.host, config.port, stop_timeout_s=DRAIN_S)

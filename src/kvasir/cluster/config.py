@@ -36,6 +36,9 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     host: Annotated[str, _about("Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, _about("Port to listen on.")] = 8000
     api_key: Annotated[list[str], _about("A key that clients must send as `Authorization: Bearer`; may be repeated.")] = []
+    admin_key: Annotated[
+        list[str], _about("A key that opens /admin; without one it is open to this machine alone, and closed with --api-key.")
+    ] = []
     prefill: Annotated[int | None, _about("Number of prefill instances (default 1, or 0 with --mixed).")] = None
     decode: Annotated[int | None, _about("Number of decode instances (default 1, or 0 with --mixed).")] = None
     mixed: Annotated[int, _about("Number of instances that prefill and decode.")] = 0

@@ -147,6 +147,8 @@ class Hub:
         self.on_event: Callable[[Event, float], object] = lambda event, now: None
         """Hears each event and its time before the Conductor does: a recording of them replays to the same commands."""
         self.on_decision: Callable[[Decision], object] = lambda decision: None
+        self.on_pool: Callable[[str], object] = lambda node: None
+        """Hears of each node whose pool has started."""
         self.on_blocks: OnBlocks = _nobody_listens
         """Hears which tokens full blocks stand for: their keys, the tokens, the parent of the first, and the salt."""
         self._log = structlog.get_logger().bind(part="conductor")
@@ -253,6 +255,7 @@ class Hub:
             case HelloPool(node=node, num_slots=num_slots, peer=peer_pool):
                 self._pools[node] = PoolStats(slots=num_slots, free=num_slots)
                 self._introduce(node, peer_pool)
+                self.on_pool(node)
             case _:
                 self._log.warning("unexpected message", peer=peer, message=type(message).__name__)
 
