@@ -247,11 +247,8 @@ class Bringer:
         loading = self._host.handle(LoadStart(MESSENGER, MESSENGER_EPOCH, lease, keys))
         if not isinstance(loading, Loading) or not loading.slots:
             return ()
-        failed = loading.ssd_slots
-        try:
-            failed = await self._disk.read(list(zip(loading.ssd_slots, keys, loading.slots, strict=False)))
-        finally:
-            loaded = self._host.handle(LoadDone(MESSENGER, MESSENGER_EPOCH, lease, failed))
+        failed = await self._disk.read(list(zip(loading.ssd_slots, keys, loading.slots, strict=False)))
+        loaded = self._host.handle(LoadDone(MESSENGER, MESSENGER_EPOCH, lease, failed))
         if not isinstance(loaded, Loaded):
             return ()
         self._publish(lease, keys, loaded.slots)

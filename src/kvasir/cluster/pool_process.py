@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from kvasir.cluster.bringer import Bringer, Disk, Mover
 from kvasir.cluster.config import choose
+from kvasir.cluster.disk import start_disk
 from kvasir.cluster.lifeline import child_config, remove_runtime_directory, run_child
 from kvasir.cluster.messages import PeerPool, PoolReport, Shutdown
 from kvasir.cluster.mover import TransportMover
@@ -40,6 +41,7 @@ from kvasir.cluster.pool_messages import (
 from kvasir.cluster.wire import Channel, Listener, ZmqChannel, ZmqListener, tcp_address
 from kvasir.core.errors import ConfigError, KvasirError
 from kvasir.core.pool_events import LeaseBlocks, OwnerJoined, OwnerLost, Refused, ReleaseLease
+from kvasir.core.units import format_size
 from kvasir.costs.fitted import FittedCost
 from kvasir.costs.roofline import RooflineCost
 from kvasir.pool.cost_aware import block_seconds
@@ -49,6 +51,7 @@ from kvasir.pool.policies import EVICTIONS
 from kvasir.store.arena import Arena, create_arena
 from kvasir.store.messenger import PeerArena, ShmTransport, TcpServer, TcpTransport, host_identity
 from kvasir.store.prefault import Prefault
+from kvasir.store.ssd import SsdFile, open_ssd, places_that_fit
 from kvasir.telemetry import logs
 
 BAD_SETUP_EXIT = 2
@@ -256,9 +259,18 @@ async def serve(config: PoolConfig) -> None:
         instances: ZmqListener[PoolCall, PoolReply] = ZmqListener(config.listen, msgspec.msgpack.Decoder(PoolCall))
         stack.callback(instances.close)
         peer, mover = await _reach(config, arena, instances, stack)
-        host = PoolHost(config.node, _brain(config), arena, asyncio.get_running_loop().time, peer=peer)
+        ssd = _open_ssd(config)
+        brain = _brain(config, ssd.num_slots if ssd is not None else 0)
+        host = PoolHost(config.node, brain, arena, asyncio.get_running_loop().time, peer=peer)
         body = PoolBody(
-            host, config.node, epoch=config.epoch, instances=instances, hub=hub, mover=mover, num_layers=config.num_layers
+            host,
+            config.node,
+            epoch=config.epoch,
+            instances=instances,
+            hub=hub,
+            mover=mover,
+            disk=await start_disk(host, ssd, stack) if ssd is not None else None,
+            num_layers=config.num_layers,
         )
         await body.run()
 
@@ -278,8 +290,20 @@ async def _reach(
     return PeerPool(config.node, config.epoch, control, here), mover
 
 
-def _brain(config: PoolConfig) -> PoolNode:
-    return PoolNode(config.num_slots, _eviction(config))
+def _open_ssd(config: PoolConfig) -> SsdFile | None:
+    if config.ssd_path is None or not config.ssd_bytes:
+        return None
+    num_slots = places_that_fit(config.ssd_bytes, config.slot_bytes)
+    if not num_slots:
+        raise ConfigError(
+            f"--ssd {format_size(config.ssd_bytes)} holds no block of {format_size(config.slot_bytes)}; give more"
+        )
+    return open_ssd(config.ssd_path, num_slots=num_slots, slot_bytes=config.slot_bytes, identity=config.identity)
+
+
+def _brain(config: PoolConfig, ssd_slots: int) -> PoolNode:
+    ssd_eviction = _eviction(config) if ssd_slots else None
+    return PoolNode(config.num_slots, _eviction(config), ssd_slots=ssd_slots, ssd_eviction=ssd_eviction)
 
 
 def _eviction(config: PoolConfig) -> Eviction:
