@@ -136,7 +136,7 @@ class _Connection:
         self._channel = Channel(sock, self._lost, self._drained)
         self._is_busy = True
         self._is_refused = False
-        self._moved_at_tick = -1
+        self._moved_at_tick = self._moved_at_rest = -1
         self._raw = bytearray(wire.HELLO.size)
         self._channel.expect([memoryview(self._raw)], self._on_hello)
 
@@ -147,7 +147,8 @@ class _Connection:
 
     def drop_if_stalled(self) -> None:
         """Close when nothing moved since the last call although something should have."""
-        if self._is_refused or (self._is_busy and self._channel.moved == self._moved_at_tick):
+        is_resting = not self._is_busy and self._channel.moved == self._moved_at_rest
+        if self._is_refused or (not is_resting and self._channel.moved == self._moved_at_tick):
             self._server.counts.stalled += not self._is_refused
             self.close()
         self._moved_at_tick = self._channel.moved
@@ -178,6 +179,7 @@ class _Connection:
 
     def _await_request(self) -> None:
         self._is_busy = False
+        self._moved_at_rest = self._channel.moved
         self._raw = bytearray(wire.REQUEST.size + wire.PLACE.size)  # each request has at least one place
         self._channel.expect([memoryview(self._raw)], self._on_request)
 
