@@ -65,8 +65,8 @@ class FaultyFiles:
         self._stall()
         if self._draw("read_error", self.plan.read_error):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        if self._draw("short_read", self.plan.short_read):
-            return self._ops.preadv(fd, self._some(buffers), offset)
+        if _pages(buffers) > 1 and self._draw("short_read", self.plan.short_read):
+            return self._ops.preadv(fd, self._some(buffers, at_least=1), offset)
         moved = self._ops.preadv(fd, buffers, offset)
         if moved and self._draw("flip_on_read", self.plan.flip_on_read):
             self._flip(buffers)
@@ -77,10 +77,10 @@ class FaultyFiles:
         self._refuse_writes("write", None)
         if self._draw("write_error", self.plan.write_error):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        if self._draw("short_write", self.plan.short_write):
-            return self._ops.pwritev(fd, self._some(buffers), offset)
+        if _pages(buffers) > 1 and self._draw("short_write", self.plan.short_write):
+            return self._ops.pwritev(fd, self._some(buffers, at_least=1), offset)
         if self._draw("torn_write", self.plan.torn_write):
-            self._ops.pwritev(fd, self._some(buffers), offset)
+            self._ops.pwritev(fd, self._some(buffers, at_least=0), offset)
             return sum(buffer.nbytes for buffer in buffers)
         if self._draw("flip_on_write", self.plan.flip_on_write):
             return self._ops.pwritev(fd, self._flipped(buffers), offset)
@@ -109,11 +109,10 @@ class FaultyFiles:
         if not self._released.is_set() and self._draw("stall", self.plan.stall):
             self._released.wait(self.plan.longest_stall_s)
 
-    def _some(self, buffers: Buffers) -> list[memoryview]:
-        """A first part, of whole pages where there is more than one."""
-        pages = sum(buffer.nbytes for buffer in buffers) // PAGE_BYTES
+    def _some(self, buffers: Buffers, *, at_least: int) -> list[memoryview]:
+        """The first pages, not all of them."""
         with self._lock:
-            left = PAGE_BYTES * self._rng.randrange(pages) if pages > 1 else 0
+            left = PAGE_BYTES * self._rng.randrange(at_least, max(1, _pages(buffers)))
         kept = []
         for buffer in buffers:
             kept.append(buffer[:left])
@@ -134,6 +133,10 @@ class FaultyFiles:
             copies.append(copy.data)
         self._flip(copies)
         return copies
+
+
+def _pages(buffers: Buffers) -> int:
+    return sum(buffer.nbytes for buffer in buffers) // PAGE_BYTES
 
 
 class VolatileFiles:
