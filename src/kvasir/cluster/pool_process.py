@@ -20,8 +20,7 @@ from kvasir.cluster.config import choose
 from kvasir.cluster.disk import start_disk
 from kvasir.cluster.lifeline import child_config, remove_runtime_directory, run_child
 from kvasir.cluster.messages import PeerPool, PoolReport, Shutdown
-from kvasir.cluster.mover import TransportMover
-from kvasir.cluster.names import pool_name
+from kvasir.cluster.mover import MessengerMover
 from kvasir.cluster.peers import OpenChannel, Peers, tcp_channel
 from kvasir.cluster.pool_host import PoolHost
 from kvasir.cluster.pool_messages import (
@@ -49,7 +48,8 @@ from kvasir.pool.eviction import Eviction
 from kvasir.pool.node import PoolNode
 from kvasir.pool.policies import EVICTIONS
 from kvasir.store.arena import Arena, create_arena
-from kvasir.store.messenger import PeerArena, ShmTransport, TcpServer, TcpTransport, host_identity
+from kvasir.store.messenger import PeerArena, ShmTransport, TcpServer, TcpTransport, Transport, host_identity
+from kvasir.store.messenger.messenger import Messenger
 from kvasir.store.prefault import Prefault
 from kvasir.store.ssd import SsdFile, open_ssd, places_that_fit
 from kvasir.telemetry import logs
@@ -87,6 +87,7 @@ class PoolConfig(Struct, frozen=True, forbid_unknown_fields=True):
     epoch: int = 1
     runtime_directory: str | None = None
     advertise: str | None = None
+    rack: str = ""
     identity: str = ""
     ssd_path: str | None = None
     ssd_bytes: int = 0
@@ -128,7 +129,7 @@ class PoolBody:
     async def run(self) -> None:
         self._flush()
         async with asyncio.TaskGroup() as self._tasks:
-            self._peers = Peers(pool_name(self._node), self._epoch, self._open_channel, self._tasks)
+            self._peers = Peers(self._node, self._epoch, self._open_channel, self._tasks)
             self._bringer = Bringer(
                 self._host,
                 self._peers,
@@ -197,7 +198,7 @@ class PoolBody:
                     self._host.handle(event)
                     self._flush_soon()
                 case PeersChanged(peers=peers):
-                    self._peers.update(tuple([peer for peer in peers if peer.node != self._node]))
+                    self._peers.update(peers)
                 case CopyBlocks(source=source, keys=keys):
                     if self._num_bringing < MAX_BRINGING:
                         self._tasks.create_task(self._bringer.copy(source, keys))
@@ -284,10 +285,11 @@ async def _reach(
     control = instances.listen_too(tcp_address(config.advertise, 0))
     server = await TcpServer.start(arena, config.advertise)
     stack.push_async_callback(server.close)
-    mover = TransportMover(arena, config.num_layers, [ShmTransport(arena), TcpTransport(arena)])
-    stack.push_async_callback(mover.close)
+    transports: list[Transport] = [ShmTransport(arena), TcpTransport(arena)]
+    messenger = Messenger(config.node, transports, slot_bytes=config.slot_bytes, num_layers=config.num_layers)
+    stack.push_async_callback(messenger.close)
     here = PeerArena(config.node, arena.handle, host_identity(), tcp=server.address)
-    return PeerPool(config.node, config.epoch, control, here), mover
+    return PeerPool(config.node, config.epoch, control, here, config.rack), MessengerMover(messenger)
 
 
 def _open_ssd(config: PoolConfig) -> SsdFile | None:
