@@ -188,7 +188,7 @@ def test_traffic_over_two_nodes_with_broken_transfers_leaves_no_block_behind(
 
             async def sometimes(priority: int) -> None:
                 chance = rng.random()
-                if chance < 0.001:
+                if chance < 0.0003:
                     raise ClusterError("cut")
                 if chance < 0.004:
                     await asyncio.sleep(rng.uniform(0.01, 2.0))

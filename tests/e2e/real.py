@@ -63,7 +63,11 @@ class RealCluster:
             strategy("mooncake")
             .with_parts(admission="off")
             .conductor(
-                ConductorConfig(kv_bytes_per_token=spec.shape.kv_bytes_per_token, block_tokens=spec.block_tokens),
+                ConductorConfig(
+                    kv_bytes_per_token=spec.shape.kv_bytes_per_token,
+                    block_tokens=spec.block_tokens,
+                    load_bandwidth=self._config.ssd_read_bandwidth,
+                ),
                 costs,
                 Slo(),
                 Random(0),

@@ -45,8 +45,6 @@ from kvasir.store.messenger.transport import PeerArena
 READ_S = 20.0
 """No read from another node takes longer; beyond, it is given up."""
 
-HAND_OFF_TRIES = 3
-
 ROOM_S = 5.0
 """How long a hand-off waits for slots in a full pool."""
 
@@ -136,7 +134,7 @@ class Bringer:
     async def bring(self, want: BringBlocks) -> Leased | Refused:
         """Wait `within_s` for the planned prefix, then lease what is there; what comes later is for others."""
         filling = _Filling(f"bring#{next(self._numbers)}", want.keys[: want.blocks])
-        task = self._tasks.create_task(self._fill(filling, want.source, FETCH))
+        task = self._tasks.create_task(self._fill(filling, want.sources, FETCH))
         give_up = self._clock() + want.within_s
         while not task.done() and (left_s := give_up - self._clock()) > 0.0:
             if filling.left_s(self._num_layers, self._clock()) <= want.hidden_s:
@@ -209,12 +207,12 @@ class Bringer:
     async def copy(self, source: str, keys: tuple[BlockKey, ...]) -> None:
         """Make this node another holder of a hot prefix."""
         filling = _Filling(f"copy#{next(self._numbers)}", keys)
-        await self._fill(filling, source, COPY)
+        await self._fill(filling, (source,), COPY)
         self._release(filling.lease)
 
     # --- blocks ------------------------------------------------------------------------------------------------
 
-    async def _fill(self, filling: _Filling, source: str | None, priority: int) -> None:
+    async def _fill(self, filling: _Filling, sources: tuple[str, ...], priority: int) -> None:
         """Bring what DRAM lacks of its keys; as much as can be had.
 
         Of several that want the same block, one brings it and the others start again from what is there then.
@@ -235,8 +233,9 @@ class Bringer:
         try:
             if leased.on_ssd:
                 filling.there += await self._load(lease, missing[: leased.on_ssd])
-            if source is not None and len(filling.there) < len(keys):
-                await self._fetch(filling, source, priority)
+            for source in self._peers.nearest_first(sources):
+                if len(filling.there) < len(keys) and not filling.is_lost:
+                    await self._fetch(filling, source, priority)
         finally:
             del self._under_way[missing[0]]
             mine.set_result(None)
@@ -247,11 +246,8 @@ class Bringer:
         loading = self._host.handle(LoadStart(MESSENGER, MESSENGER_EPOCH, lease, keys))
         if not isinstance(loading, Loading) or not loading.slots:
             return ()
-        failed = loading.ssd_slots
-        try:
-            failed = await self._disk.read(list(zip(loading.ssd_slots, keys, loading.slots, strict=False)))
-        finally:
-            loaded = self._host.handle(LoadDone(MESSENGER, MESSENGER_EPOCH, lease, failed))
+        failed = await self._disk.read(list(zip(loading.ssd_slots, keys, loading.slots, strict=False)))
+        loaded = self._host.handle(LoadDone(MESSENGER, MESSENGER_EPOCH, lease, failed))
         if not isinstance(loaded, Loaded):
             return ()
         self._publish(lease, keys, loaded.slots)
@@ -276,8 +272,12 @@ class Bringer:
             if has_come:
                 self._publish(filling.lease, keys, filling.coming)
             self._keep_promise(filling, has_come=has_come)
-            if not has_come and not filling.is_lost:
+            if has_come:
+                filling.there += filling.coming
+            elif not filling.is_lost:
                 self._revoke(filling.coming)
+            if not filling.is_lost:
+                filling.coming, filling.layers = (), 0
 
     def _layer_came(self, filling: _Filling, layers: int) -> None:
         """The last one is held back until the source has confirmed that all of them are right."""
@@ -297,7 +297,7 @@ class Bringer:
                 if len(lent) != want.count:
                     raise ClusterError(f"expected {want.count} blocks, got {len(lent)}")
                 slots = await self._room(want.count - num_own)
-                await self._insist(peer, list(zip(lent[num_own:], slots, strict=True)))
+                await self._read(peer, list(zip(lent[num_own:], slots, strict=True)), HAND_OFF)
         except BaseException:
             self._revoke(slots)
             self._release(lease)
@@ -306,17 +306,6 @@ class Bringer:
         self._publish(lease, want.keys[num_own:], slots[:num_full])
         deadline_s = asyncio.get_running_loop().time() + OFFER_S
         self._host.handle(OfferLease(MESSENGER, MESSENGER_EPOCH, lease, slots[num_full:], deadline_s))
-
-    async def _insist(self, peer: Peer, pairs: Pairs) -> None:
-        """A hand-off that fails costs a whole prefill, so it is tried again while its giver still holds it."""
-        for attempt in range(1, HAND_OFF_TRIES + 1):
-            try:
-                await self._read(peer, pairs, HAND_OFF)
-                return
-            except ClusterError as error:
-                self._log.warning("hand-off broke", source=peer.found.node, attempt=attempt, error=str(error))
-                if attempt == HAND_OFF_TRIES:
-                    raise
 
     async def _read(self, peer: Peer, pairs: Pairs, priority: int, on_layer: Callable[[int], None] | None = None) -> None:
         if self._mover is None:

@@ -51,6 +51,7 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
     join: Annotated[str | None, _about("HOST:PORT of a running cluster to join with this node's pool and instances.")] = None
     advertise: Annotated[str | None, _about("Address under which other nodes reach this one (default 127.0.0.1).")] = None
+    rack: Annotated[str, _about("Where this machine stands: nodes of one rack read blocks from each other first.")] = ""
     block_tokens: Annotated[int, _about("Tokens in a block, the unit of the KVCache pool; a multiple of 16.")] = 64
     max_model_len: Annotated[int | None, _about("Longest prompt plus output, in tokens (default: the model's own limit).")] = (
         None

@@ -93,6 +93,7 @@ class _Live:
 
     submission: Submission
     root: bytes
+    keys: tuple[BlockKey, ...]
     deadline_s: float
     outputs: asyncio.Queue[Output | Reject | Fail]
     emitted: list[int] = field(default_factory=list)
@@ -170,7 +171,7 @@ class Hub:
         root = self._spec.root_key(submission.salt)
         keys = tuple(block_keys(root, submission.prompt, self._spec.block_tokens))
         self.on_blocks(keys, submission.prompt, None, submission.salt)
-        live = _Live(submission, root, now + self._request_timeout_s, asyncio.Queue(), tip=keys[-1] if keys else None)
+        live = _Live(submission, root, keys, now + self._request_timeout_s, asyncio.Queue(), tip=keys[-1] if keys else None)
         self._live[request_id] = live
         try:
             request = Request(
@@ -426,16 +427,20 @@ class Hub:
         live.prefilled = False
         live.node = self.node_of(instance)
         phase = Phase.BOTH if command.decode == instance else Phase.PREFILL
-        self._run(command.request_id, instance, phase, rank=command.rank, prefix=self._prefix_plan(command.candidate))
+        self._run(command.request_id, instance, phase, rank=command.rank, prefix=self._prefix_plan(command.candidate, live))
 
-    def _prefix_plan(self, candidate: Candidate) -> PrefixPlan | None:
-        """What to bring to DRAM first; None when what is there is all that is wanted."""
+    def _prefix_plan(self, candidate: Candidate, live: _Live) -> PrefixPlan | None:
+        """What to bring to DRAM first, from whoever has it; None when what is there is all that is wanted."""
         if candidate.source is None and not candidate.load_tokens:
             return None
         blocks = candidate.prefix_tokens // self._spec.block_tokens
         within_s = SOFT_FACTOR * candidate.transfer_s + SOFT_LEAST_S
         hidden_s = candidate.prefill_s * (1.0 - 1.0 / self._spec.shape.num_layers)
-        return PrefixPlan(blocks, candidate.source, within_s, hidden_s)
+        sources: tuple[str, ...] = ()
+        if candidate.source is not None:
+            holders = self._conductor.directory.holders(live.keys[blocks - 1])
+            sources = (candidate.source, *(node for node in holders if node != candidate.source))
+        return PrefixPlan(blocks, sources, within_s, hidden_s)
 
     def _run(
         self,

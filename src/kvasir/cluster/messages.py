@@ -33,12 +33,12 @@ class Phase(StrEnum):
 class PrefixPlan(Struct, frozen=True):
     """Which blocks of a prompt are to be in place before it is computed: the first `blocks`.
 
-    What the node's DRAM lacks of them is read from its SSD, then fetched from node `source`. After `within_s` the rest is
-    computed instead, whatever has come by then. Computing may start `hidden_s` before the last layer has come.
+    What the node's DRAM lacks of them is read from its SSD, then fetched from one of the nodes `sources`. After `within_s` the
+    rest is computed instead, whatever has come by then. Computing may start `hidden_s` before the last layer has come.
     """
 
     blocks: int
-    source: str | None
+    sources: tuple[str, ...]
     within_s: float
     hidden_s: float = 0.0
 
@@ -128,12 +128,15 @@ class InstanceReport(Message, frozen=True):
 
 
 class PeerPool(Struct, frozen=True):
-    """A node's pool as other nodes' pools reach it: `control` for leases, `arena` for bytes. `epoch` is its incarnation."""
+    """A node's pool as other nodes' pools reach it: `control` for leases, `arena` for bytes. `epoch` is its incarnation, `rack`
+    where its machine stands, as declared.
+    """
 
     node: str
     epoch: int
     control: str
     arena: PeerArena
+    rack: str = ""
 
 
 class HelloPool(Message, frozen=True):

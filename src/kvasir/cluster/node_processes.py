@@ -151,6 +151,7 @@ class NodeProcesses:
             eviction=config.eviction or strategy(config.policy).eviction,
             runtime_directory=str(setup.directory),
             advertise=setup.advertise,
+            rack=config.rack,
             identity=setup.spec.kv_identity,
             ssd_path=config.ssd_path,
             ssd_bytes=config.ssd_bytes,

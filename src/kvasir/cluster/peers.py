@@ -9,12 +9,14 @@ import msgspec
 import structlog
 
 from kvasir.cluster.messages import PeerPool
+from kvasir.cluster.names import pool_name
 from kvasir.cluster.pool_client import ChannelLink
 from kvasir.cluster.pool_messages import PoolCall, PoolReply
 from kvasir.cluster.wire import Channel, ZmqChannel
 from kvasir.core.errors import ClusterError
 from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import AdoptLease, LeaseBlocks, Leased, OwnerJoined, ReleaseLease
+from kvasir.store.messenger.topology import Distance, Place, Topology
 from kvasir.store.messenger.transport import PeerArena
 
 PEER_TIMEOUT_S = 2.0
@@ -67,14 +69,16 @@ class Peer:
 class Peers:
     """The pools of all other nodes, as the hub names them."""
 
-    def __init__(self, me: str, epoch: int, open_channel: OpenChannel, tasks: asyncio.TaskGroup):
-        self.me = me
+    def __init__(self, node: str, epoch: int, open_channel: OpenChannel, tasks: asyncio.TaskGroup):
+        self.me = pool_name(node)
+        self._node = node
+        self._topology = Topology()
         self._epoch = epoch
         self._open_channel = open_channel
         self._tasks = tasks
         self._peers: dict[str, Peer] = {}
         self._running: dict[str, tuple[asyncio.Task[None], Channel[PoolReply, PoolCall]]] = {}
-        self._log = structlog.get_logger().bind(part="peers", node=me)
+        self._log = structlog.get_logger().bind(part="peers", node=node)
 
     def get(self, node: str) -> Peer:
         """Raises ClusterError for a node that is not there."""
@@ -82,9 +86,17 @@ class Peers:
             raise ClusterError(f"node {node} is not reachable from {self.me}")
         return self._peers[node]
 
+    def nearest_first(self, nodes: tuple[str, ...]) -> list[str]:
+        """Those that can be reached: of the same machine, then of the same rack, then others; else in the order given."""
+        return sorted([node for node in nodes if node in self._peers], key=self._distance)
+
+    def _distance(self, node: str) -> Distance:
+        return self._topology.distance(self._node, node)
+
     def update(self, found: tuple[PeerPool, ...]) -> None:
         """Open channels to new ones, close those to who is gone or has started again."""
-        now = {peer.node: peer for peer in found}
+        now = {peer.node: peer for peer in found if peer.node != self._node}
+        self._topology = Topology({peer.node: Place(peer.arena.host, peer.rack) for peer in found})
         for node, peer in list(self._peers.items()):
             if now.get(node) != peer.found:
                 self._close(node)

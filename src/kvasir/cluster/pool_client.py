@@ -103,7 +103,7 @@ class PoolCaller:
 
     async def bring(self, lease: str, keys: Sequence[BlockKey], plan: PrefixPlan) -> tuple[int, ...]:
         event = BringBlocks(
-            self._owner, self._epoch, lease, tuple(keys), plan.blocks, plan.source, plan.within_s, plan.hidden_s
+            self._owner, self._epoch, lease, tuple(keys), plan.blocks, plan.sources, plan.within_s, plan.hidden_s
         )
         return await self._open(event, plan.within_s)
 

@@ -23,15 +23,17 @@ from kvasir.store.arena import ArenaHandle
 
 
 class BringBlocks(PoolEvent, frozen=True):
-    """As LeaseBlocks, after the pool's body has brought the first `blocks` of `keys` to DRAM: from its SSD, then from node
-    `source`. What has not come within `within_s` is not waited for. The answer may come `hidden_s` early: then slots of the
-    lease are still being written, layer by layer (see engine/landing.py), and it is open when their last layer has come.
+    """As LeaseBlocks, after the pool's body has brought the first `blocks` of `keys` to DRAM.
+
+    They come from its SSD, then from the nearest of `sources`, or another of them. What has not come within `within_s` is not
+    waited for. The answer may come `hidden_s` early: then slots of the lease are still being written, layer by layer (see
+    engine/landing.py), and it is open when their last layer has come.
     """
 
     lease: str
     keys: tuple[BlockKey, ...]
     blocks: int
-    source: str | None
+    sources: tuple[str, ...]
     within_s: float
     hidden_s: float = 0.0
 

@@ -17,10 +17,10 @@ from msgspec.structs import replace
 
 from kvasir.cluster.bringer import Bringer, Disk, Mover
 from kvasir.cluster.config import choose
+from kvasir.cluster.disk import start_disk
 from kvasir.cluster.lifeline import child_config, remove_runtime_directory, run_child
 from kvasir.cluster.messages import PeerPool, PoolReport, Shutdown
-from kvasir.cluster.mover import TransportMover
-from kvasir.cluster.names import pool_name
+from kvasir.cluster.mover import MessengerMover
 from kvasir.cluster.peers import OpenChannel, Peers, tcp_channel
 from kvasir.cluster.pool_host import PoolHost
 from kvasir.cluster.pool_messages import (
@@ -40,6 +40,7 @@ from kvasir.cluster.pool_messages import (
 from kvasir.cluster.wire import Channel, Listener, ZmqChannel, ZmqListener, tcp_address
 from kvasir.core.errors import ConfigError, KvasirError
 from kvasir.core.pool_events import LeaseBlocks, OwnerJoined, OwnerLost, Refused, ReleaseLease
+from kvasir.core.units import format_size
 from kvasir.costs.fitted import FittedCost
 from kvasir.costs.roofline import RooflineCost
 from kvasir.pool.cost_aware import block_seconds
@@ -47,8 +48,10 @@ from kvasir.pool.eviction import Eviction
 from kvasir.pool.node import PoolNode
 from kvasir.pool.policies import EVICTIONS
 from kvasir.store.arena import Arena, create_arena
-from kvasir.store.messenger import PeerArena, ShmTransport, TcpServer, TcpTransport, host_identity
+from kvasir.store.messenger import PeerArena, ShmTransport, TcpServer, TcpTransport, Transport, host_identity
+from kvasir.store.messenger.messenger import Messenger
 from kvasir.store.prefault import Prefault
+from kvasir.store.ssd import SsdFile, open_ssd, places_that_fit
 from kvasir.telemetry import logs
 
 BAD_SETUP_EXIT = 2
@@ -84,6 +87,7 @@ class PoolConfig(Struct, frozen=True, forbid_unknown_fields=True):
     epoch: int = 1
     runtime_directory: str | None = None
     advertise: str | None = None
+    rack: str = ""
     identity: str = ""
     ssd_path: str | None = None
     ssd_bytes: int = 0
@@ -125,7 +129,7 @@ class PoolBody:
     async def run(self) -> None:
         self._flush()
         async with asyncio.TaskGroup() as self._tasks:
-            self._peers = Peers(pool_name(self._node), self._epoch, self._open_channel, self._tasks)
+            self._peers = Peers(self._node, self._epoch, self._open_channel, self._tasks)
             self._bringer = Bringer(
                 self._host,
                 self._peers,
@@ -194,7 +198,7 @@ class PoolBody:
                     self._host.handle(event)
                     self._flush_soon()
                 case PeersChanged(peers=peers):
-                    self._peers.update(tuple([peer for peer in peers if peer.node != self._node]))
+                    self._peers.update(peers)
                 case CopyBlocks(source=source, keys=keys):
                     if self._num_bringing < MAX_BRINGING:
                         self._tasks.create_task(self._bringer.copy(source, keys))
@@ -256,9 +260,18 @@ async def serve(config: PoolConfig) -> None:
         instances: ZmqListener[PoolCall, PoolReply] = ZmqListener(config.listen, msgspec.msgpack.Decoder(PoolCall))
         stack.callback(instances.close)
         peer, mover = await _reach(config, arena, instances, stack)
-        host = PoolHost(config.node, _brain(config), arena, asyncio.get_running_loop().time, peer=peer)
+        ssd = _open_ssd(config)
+        brain = _brain(config, ssd.num_slots if ssd is not None else 0)
+        host = PoolHost(config.node, brain, arena, asyncio.get_running_loop().time, peer=peer)
         body = PoolBody(
-            host, config.node, epoch=config.epoch, instances=instances, hub=hub, mover=mover, num_layers=config.num_layers
+            host,
+            config.node,
+            epoch=config.epoch,
+            instances=instances,
+            hub=hub,
+            mover=mover,
+            disk=await start_disk(host, ssd, stack) if ssd is not None else None,
+            num_layers=config.num_layers,
         )
         await body.run()
 
@@ -272,14 +285,27 @@ async def _reach(
     control = instances.listen_too(tcp_address(config.advertise, 0))
     server = await TcpServer.start(arena, config.advertise)
     stack.push_async_callback(server.close)
-    mover = TransportMover(arena, config.num_layers, [ShmTransport(arena), TcpTransport(arena)])
-    stack.push_async_callback(mover.close)
+    transports: list[Transport] = [ShmTransport(arena), TcpTransport(arena)]
+    messenger = Messenger(config.node, transports, slot_bytes=config.slot_bytes, num_layers=config.num_layers)
+    stack.push_async_callback(messenger.close)
     here = PeerArena(config.node, arena.handle, host_identity(), tcp=server.address)
-    return PeerPool(config.node, config.epoch, control, here), mover
+    return PeerPool(config.node, config.epoch, control, here, config.rack), MessengerMover(messenger)
 
 
-def _brain(config: PoolConfig) -> PoolNode:
-    return PoolNode(config.num_slots, _eviction(config))
+def _open_ssd(config: PoolConfig) -> SsdFile | None:
+    if config.ssd_path is None or not config.ssd_bytes:
+        return None
+    num_slots = places_that_fit(config.ssd_bytes, config.slot_bytes)
+    if not num_slots:
+        raise ConfigError(
+            f"--ssd {format_size(config.ssd_bytes)} holds no block of {format_size(config.slot_bytes)}; give more"
+        )
+    return open_ssd(config.ssd_path, num_slots=num_slots, slot_bytes=config.slot_bytes, identity=config.identity)
+
+
+def _brain(config: PoolConfig, ssd_slots: int) -> PoolNode:
+    ssd_eviction = _eviction(config) if ssd_slots else None
+    return PoolNode(config.num_slots, _eviction(config), ssd_slots=ssd_slots, ssd_eviction=ssd_eviction)
 
 
 def _eviction(config: PoolConfig) -> Eviction:

@@ -84,9 +84,9 @@ class KvLost(ClusterError):
 class TransferError(ClusterError):
     """Bytes did not come or go; nothing of it may be used, and nothing writes into the local slots any more.
 
-    `cause` is `refused` (nobody listens, no room, not granted), `cut` (the connection or its process ended), `stalled` (too late
-    or no progress), `stale_arena` (another incarnation), `out_of_range` (slots or bytes that do not exist) or `garbled` (a
-    peer that does not speak the protocol).
+    `cause` is `refused` (nobody listens, no room, not granted), `cut` (the connection or its process ended), `stalled` (too
+    late or no progress), `stale_arena` (another incarnation), `out_of_range` (slots or bytes that do not exist) or `garbled`
+    (a peer that does not speak the protocol).
     """
 
     def __init__(self, message: str, *, cause: TransferCause):

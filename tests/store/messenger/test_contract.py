@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from itertools import pairwise
 
 import msgspec
 import numpy as np
@@ -28,7 +29,7 @@ def span_lists(draw: st.DrawFn) -> list[SpanPair]:
     spans = []
     for local_slot in draw(st.lists(st.integers(0, NUM_SLOTS - 1), unique=True, max_size=NUM_SLOTS)):
         edges = sorted(draw(st.lists(st.integers(0, SLOT_BYTES), min_size=2, max_size=6, unique=True)))
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in pairwise(edges):
             if draw(st.booleans()):
                 spans.append(SpanPair(draw(st.integers(0, NUM_SLOTS - 1)), local_slot, start, end - start))
     return draw(st.permutations(spans))

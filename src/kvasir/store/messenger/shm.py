@@ -86,7 +86,10 @@ class ShmTransport:
                 failure.append(error)
                 copy.cancelled.set()
 
-        work = self._threads.submit(copy.run, lambda whole: loop.call_soon_threadsafe(report, whole))
+        def report_to_loop(whole: int) -> None:
+            loop.call_soon_threadsafe(report, whole)
+
+        work = self._threads.submit(copy.run, report_to_loop)
         done = asyncio.wrap_future(work)
         try:
             async with asyncio.timeout_at(deadline_s):

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from kvasir.core.errors import TransferError
 from kvasir.store.arena import Arena, ArenaHandle
 
@@ -36,18 +34,13 @@ class Slice:
 
 def check_spans(spans: Sequence[SpanPair], remote: ArenaHandle, local: ArenaHandle) -> None:
     """Raises TransferError (out_of_range), naming the first span that lies outside of a slot of either arena."""
-    if not spans:
-        return
-    table = np.asarray(spans, dtype=np.int64)
-    remote_slot, local_slot, offset, length = table.T
-    slot_bytes = min(remote.slot_bytes, local.slot_bytes)
-    good = (remote_slot >= 0) & (remote_slot < remote.num_slots) & (local_slot >= 0) & (local_slot < local.num_slots)
-    good &= (offset >= 0) & (length > 0) & (offset <= slot_bytes - length)
-    if good.all():
-        return
-    bad = spans[int(np.argmin(good))]
-    sizes = f"{remote.num_slots} slots there, {local.num_slots} here, {slot_bytes} bytes each"
-    raise TransferError(f"{bad} lies outside of the arenas ({sizes})", cause="out_of_range")
+    num_remote, num_local, slot_bytes = remote.num_slots, local.num_slots, min(remote.slot_bytes, local.slot_bytes)
+    for span in spans:
+        remote_slot, local_slot, offset, length = span
+        is_inside = 0 <= remote_slot < num_remote and 0 <= local_slot < num_local
+        if not is_inside or offset < 0 or length <= 0 or offset + length > slot_bytes:
+            sizes = f"{num_remote} slots there, {num_local} here, {slot_bytes} bytes each"
+            raise TransferError(f"{span} lies outside of the arenas ({sizes})", cause="out_of_range")
 
 
 def cut(spans: Sequence[SpanPair], *, max_bytes: int, max_pieces: int) -> Iterator[Slice]:
@@ -70,11 +63,11 @@ class ArenaViews:
     """Views of an arena's memory for scattered sends and receives; they are made anew for each use and copy nothing."""
 
     def __init__(self, arena: Arena):
-        self._memory = memoryview(arena.memory).cast("B")
+        self._memory = memoryview(arena.memory.data).cast("B")
         self._stride = arena.stride
 
     def local(self, pieces: Iterable[SpanPair]) -> list[memoryview]:
-        return self.at((slot, offset, length) for _, slot, offset, length in pieces)
+        return self.at([(slot, offset, length) for _, slot, offset, length in pieces])
 
     def at(self, places: Iterable[tuple[int, int, int]]) -> list[memoryview]:
         """Views of (slot, offset, length), in order; neighbours that touch become one."""

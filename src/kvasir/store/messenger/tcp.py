@@ -56,8 +56,8 @@ class TcpTransport:
     ) -> None:
         """Write local spans into slots that the peer's TcpServer granted by this ticket; returns when the peer has all of them.
 
-        Raises TransferError. A push that failed or was cancelled may still go on for `depth` slices on each stream, with whatever
-        the local slots hold by then: only the peer's `revoke` ends its writing for sure.
+        Raises TransferError. A push that failed or was cancelled may still go on for `depth` slices on each stream, with
+        whatever the local slots hold by then: only the peer's `revoke` ends its writing for sure.
         """
         await self._run(peer, self._transfer(wire.Op.PUT, peer, spans, priority, on_part, ticket), deadline_s)
 

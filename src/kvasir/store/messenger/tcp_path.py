@@ -24,9 +24,10 @@ SCRATCH_BYTES = 256 << 10
 class TcpLimits:
     """How a TcpTransport uses its connections.
 
-    `streams` connections to a peer at most; slices of `slice_bytes`, `depth` of them asked for at a time on each stream, so that
-    the wire is never idle between two; `max_queued` transfers wait for one peer at most. A connection is given up when a
-    connect takes `connect_s`, when nothing moves for `stall_s` to twice that although something should, or after `idle_s` of rest.
+    `streams` connections to a peer at most; slices of `slice_bytes`, `depth` of them asked for at a time on each stream, so
+    that the wire is never idle between two; `max_queued` transfers wait for one peer at most. A connection is given up when
+    connecting takes `connect_s`, when nothing moves for `stall_s` to twice that although something should, or after `idle_s`
+    of rest.
     """
 
     streams: int = 2
@@ -62,6 +63,8 @@ class Path:
 
     async def open_streams(self, wanted: int) -> None:
         """Have so many connections, or at least one. Raises TransferError when there is none."""
+        if len(self._streams) >= wanted:
+            return
         async with self._opening:
             while len(self._streams) < wanted:
                 try:
@@ -80,7 +83,7 @@ class Path:
         if len(self._queue) >= self._limits.max_queued:
             raise TransferError(f"{len(self._queue)} transfers wait for {self.peer}; no more are taken", cause="refused")
         self._queue.add(transfer)
-        for stream in sorted(self._streams, key=lambda stream: len(stream.flights)):
+        for stream in sorted(self._streams, key=_num_flights):
             self._pump(stream)
 
     def abandon(self, transfer: Transfer) -> None:
@@ -270,3 +273,7 @@ class _Stream:
 
     def _lost(self, error: TransferError) -> None:
         self._ended(self, error)
+
+
+def _num_flights(stream: _Stream) -> int:
+    return len(stream.flights)

@@ -58,7 +58,7 @@ class TcpServer:
     async def start(
         cls, arena: Arena, host: str, port: int = 0, *, max_connections: int = 256, stall_s: float = 5.0
     ) -> TcpServer:
-        """Listen. A connection on which nothing moves for `stall_s` in the middle of something is closed after at most twice that."""
+        """Listen. A connection that rests in the middle of something for `stall_s`, or up to twice that, is closed."""
         try:
             listening = socket.create_server((host, port), backlog=128)
         except OSError as error:
@@ -136,7 +136,7 @@ class _Connection:
         self._channel = Channel(sock, self._lost, self._drained)
         self._is_busy = True
         self._is_refused = False
-        self._moved_at_tick = -1
+        self._moved_at_tick = self._moved_at_rest = -1
         self._raw = bytearray(wire.HELLO.size)
         self._channel.expect([memoryview(self._raw)], self._on_hello)
 
@@ -147,7 +147,8 @@ class _Connection:
 
     def drop_if_stalled(self) -> None:
         """Close when nothing moved since the last call although something should have."""
-        if self._is_refused or (self._is_busy and self._channel.moved == self._moved_at_tick):
+        is_resting = not self._is_busy and self._channel.moved == self._moved_at_rest
+        if self._is_refused or (not is_resting and self._channel.moved == self._moved_at_tick):
             self._server.counts.stalled += not self._is_refused
             self.close()
         self._moved_at_tick = self._channel.moved
@@ -178,19 +179,24 @@ class _Connection:
 
     def _await_request(self) -> None:
         self._is_busy = False
-        self._raw = bytearray(wire.REQUEST.size)
+        self._moved_at_rest = self._channel.moved
+        self._raw = bytearray(wire.REQUEST.size + wire.PLACE.size)  # each request has at least one place
         self._channel.expect([memoryview(self._raw)], self._on_request)
 
     def _on_request(self) -> None:
         self._is_busy = True
         self._server.counts.requests += 1
         try:
-            request = wire.unpack_request(self._raw)
+            request = wire.unpack_request(self._raw[: wire.REQUEST.size])
         except wire.Garbled:
             self._refuse(wire.Code.GARBLED, wire.pack_answer(wire.Code.GARBLED, 0, 0))
             return
-        raw = bytearray(request.num_pieces * wire.PLACE.size)
-        self._channel.expect([memoryview(raw)], lambda: self._on_places(request, wire.unpack_places(raw)))
+        first = wire.unpack_places(self._raw[wire.REQUEST.size :])
+        if request.num_pieces == 1:
+            self._on_places(request, first)
+            return
+        raw = bytearray((request.num_pieces - 1) * wire.PLACE.size)
+        self._channel.expect([memoryview(raw)], lambda: self._on_places(request, first + wire.unpack_places(raw)))
 
     def _on_places(self, request: wire.Request, places: list[tuple[int, int, int]]) -> None:
         code = self._judge(request, places)

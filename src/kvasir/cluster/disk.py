@@ -1,0 +1,45 @@
+"""The SSD of a pool's body: blocks between the arena and the SSD tier's file, by its workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+
+from kvasir.cluster.pool_host import MESSENGER, MESSENGER_EPOCH, PoolHost
+from kvasir.core.keys import BlockKey
+from kvasir.core.pool_events import Spill, SpillDone, SsdFound
+from kvasir.store.ssd import SsdFile, SsdOutcome, SsdRead, SsdStats, SsdWorkers, SsdWrite
+
+
+class SsdDisk:
+    """Implements `Disk`, and writes what the brain wants written."""
+
+    def __init__(self, host: PoolHost, workers: SsdWorkers):
+        self._host = host
+        self._workers = workers
+
+    def spill(self, spill: Spill) -> None:
+        """Write a block; the brain hears of it when its slot may be used again."""
+
+        def done(outcome: SsdOutcome) -> None:
+            self._host.handle(SpillDone(MESSENGER, MESSENGER_EPOCH, spill.ssd_slot, outcome is SsdOutcome.OK))
+
+        data = self._host.arena.slot(spill.slot)
+        self._workers.submit_write(SsdWrite(spill.ssd_slot, spill.key, spill.depth, data), done)
+
+    async def read(self, blocks: Sequence[tuple[int, BlockKey, int]]) -> tuple[int, ...]:
+        arena = self._host.arena
+        outcomes = await self._workers.read([SsdRead(ssd_slot, key, arena.slot(slot)) for ssd_slot, key, slot in blocks])
+        return tuple([block[0] for block, outcome in zip(blocks, outcomes, strict=True) if outcome is not SsdOutcome.OK])
+
+    def stats(self) -> SsdStats:
+        return self._workers.stats()
+
+
+async def start_disk(host: PoolHost, file: SsdFile, stack: AsyncExitStack) -> SsdDisk:
+    """Tell the brain what an earlier run left, and take its orders from now on."""
+    stack.callback(file.close)
+    disk = SsdDisk(host, await stack.enter_async_context(SsdWorkers(file)))
+    host.on_spill = disk.spill
+    host.handle(SsdFound(MESSENGER, MESSENGER_EPOCH, tuple(file.recover())))
+    return disk

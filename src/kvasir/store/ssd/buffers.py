@@ -1,0 +1,63 @@
+"""The memory of a block as direct I/O wants it: whole pages on page borders; what is missing is borrowed.
+
+    block of slot_bytes   | whole pages, in place …………… | rest |
+    given to the kernel   | the same memory               | a page of our own |
+
+A block whose memory does not start on a page is copied as a whole. Slots of an arena never are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvasir.store.arena import PAGE_BYTES
+
+Bytes = npt.NDArray[np.uint8]
+"""One dimension, contiguous."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """`views` cover a place; `borrowed` is the memory among them that is not the block's, and starts at its byte `start`."""
+
+    views: tuple[memoryview, ...]
+    start: int
+    borrowed: Bytes | None
+
+    def give_back_to(self, block: Bytes) -> None:
+        """After a read: copy what came into borrowed memory."""
+        if self.borrowed is not None:
+            block[self.start :] = self.borrowed[: block.nbytes - self.start]
+
+
+def pieces_to_write(block: Bytes) -> Pieces:
+    """The pieces of a block with its bytes in them."""
+    pieces = pieces_to_read(block)
+    if pieces.borrowed is not None:
+        pieces.borrowed[: block.nbytes - pieces.start] = block[pieces.start :]
+    return pieces
+
+
+def pieces_to_read(block: Bytes) -> Pieces:
+    """Memory that is to be filled; call `give_back_to` afterwards."""
+    whole = block.nbytes // PAGE_BYTES * PAGE_BYTES if _address(block) % PAGE_BYTES == 0 else 0
+    if whole == block.nbytes:
+        return Pieces((block.data,), whole, None)
+    borrowed = aligned(-(-(block.nbytes - whole) // PAGE_BYTES) * PAGE_BYTES)
+    views = (block[:whole].data, borrowed.data) if whole else (borrowed.data,)
+    return Pieces(views, whole, borrowed)
+
+
+def aligned(num_bytes: int) -> Bytes:
+    """Zeroed memory that starts on a page."""
+    roomy = np.zeros(num_bytes + PAGE_BYTES, dtype=np.uint8)
+    start = -_address(roomy) % PAGE_BYTES
+    return roomy[start : start + num_bytes]
+
+
+def _address(block: Bytes) -> int:
+    address: int = block.__array_interface__["data"][0]  # ten times quicker than block.ctypes.data
+    return address

@@ -1,0 +1,55 @@
+"""One direction of the SSD: the requests that wait, and what came of those that ran."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic
+
+from kvasir.store.ssd.meter import Meter
+from kvasir.store.ssd.requests import Request, SsdOutcome
+
+OnDone = Callable[[SsdOutcome], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Job(Generic[Request]):
+    """A request, whom to tell, and until when it may wait."""
+
+    request: Request
+    on_done: OnDone
+    deadline_s: float | None
+
+    def is_late(self, now: float) -> bool:
+        return self.deadline_s is not None and self.deadline_s <= now
+
+
+class Lane(Generic[Request]):
+    """At most `limit` requests wait. Not for several threads at once."""
+
+    def __init__(self, limit: int, perform: Callable[[Sequence[Request]], list[SsdOutcome]]):
+        self.limit = limit
+        self.perform: Callable[[Sequence[Request]], list[SsdOutcome]] = perform
+        self.queue: deque[Job[Request]] = deque()
+        self.meter = Meter()
+        self.outcomes = dict.fromkeys(SsdOutcome, 0)
+
+    def take(self, max_blocks: int) -> list[Job[Request]]:
+        """The first of the queue and those that follow it in place."""
+        jobs = [self.queue.popleft()]
+        while len(jobs) < max_blocks and self.queue and self.queue[0].request.ssd_slot == jobs[-1].request.ssd_slot + 1:
+            jobs.append(self.queue.popleft())
+        return jobs
+
+    def drop(self, is_chosen: Callable[[Job[Request]], bool]) -> list[OnDone]:
+        """Take these from the queue; whom to tell."""
+        dropped = [job for job in self.queue if is_chosen(job)]
+        if dropped:
+            self.queue = deque(job for job in self.queue if not is_chosen(job))
+            self.outcomes[SsdOutcome.DROPPED] += len(dropped)
+        return [job.on_done for job in dropped]
+
+    def first_deadline(self) -> float | None:
+        """Of those that wait."""
+        return min((job.deadline_s for job in self.queue if job.deadline_s is not None), default=None)
