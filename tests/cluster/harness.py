@@ -80,6 +80,7 @@ class Cluster:
     hosts: dict[str, PoolHost]
     mover: MemoryMover
     batchers: dict[str, Batcher] = field(default_factory=dict)
+    tell: Callable[[str, Message], bool] = lambda peer, message: False
     kill: Callable[[str], None] = lambda name: None
     kill_node: Callable[[str], None] = lambda node: None
     start: Callable[[str, Role, int], None] = lambda name, role, epoch: None
@@ -217,6 +218,7 @@ async def cluster(
     mover = MemoryMover(hosts)
     ports: dict[str, MemoryListener[PoolCall, PoolReply]] = {}
     found = Cluster(hub, conductor, hosts, mover)
+    found.tell = to_hub.send
     bodies: dict[str, asyncio.Task[None]] = {}
     pools: dict[str, asyncio.Task[None]] = {}
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from kvasir.cluster.bringer import Pairs
+from kvasir.core.usage import TransportUsage
 from kvasir.store.messenger import PeerArena, Priority
 from kvasir.store.messenger.messenger import Fetch, Messenger, Source
 
@@ -15,6 +16,13 @@ class MessengerMover:
 
     def __init__(self, messenger: Messenger):
         self.messenger = messenger
+
+    def usage(self) -> tuple[TransportUsage, ...]:
+        """What each transport did since the start."""
+        return tuple(
+            TransportUsage(name, s.nbytes, s.transfers, s.failures.total(), s.retries, s.seconds, s.active)
+            for name, s in self.messenger.stats.items()
+        )
 
     async def read(
         self,
