@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from random import Random
 from typing import Any
 
 import pytest
@@ -83,6 +84,49 @@ def test_a_cleared_cache_is_empty_and_told_to_be() -> None:
             assert (await answer(found.hub, submission("c", PROMPT, 4)))[1] == 0
             await asyncio.sleep(40.0)
             found.check()
+
+    run_virtual(scenario())
+
+
+def test_pinned_blocks_stay_while_others_are_evicted_and_go_when_they_are_unpinned() -> None:
+    async def scenario() -> None:
+        async with cluster({"mixed-0": Role.MIXED}, num_slots=40) as found:
+            operator = Operator(found.hub, found.tell, asyncio.get_running_loop().time)
+            rng = Random(1)
+
+            async def crowd(name: str) -> None:
+                for number in range(10):
+                    prompt = [rng.randrange(1, 997) for _ in range(15 * BLOCK)]
+                    await answer(found.hub, submission(f"{name}{number}", prompt, 2))
+
+            await answer(found.hub, submission("a", PROMPT, 4))
+            await asyncio.sleep(2.0)
+            pin = await operator.pin(PROMPT, salt="", tenant="", ttl_s=3600.0, priority="low")
+            assert pin.held == {"node0": 3}
+            await crowd("b")
+            assert (await answer(found.hub, submission("c", PROMPT, 2)))[1] == 3 * BLOCK
+            await operator.unpin(pin.id)
+            await crowd("d")
+            assert (await answer(found.hub, submission("e", PROMPT, 2)))[1] == 0
+            await asyncio.sleep(40.0)
+            found.check()
+
+    run_virtual(scenario())
+
+
+def test_more_pins_than_half_of_the_pool_are_refused_with_the_pool_s_own_words() -> None:
+    async def scenario() -> None:
+        async with cluster({"mixed-0": Role.MIXED}, num_slots=40) as found:
+            operator = Operator(found.hub, found.tell, asyncio.get_running_loop().time)
+            prompt = [1 + n % 900 for n in range(25 * BLOCK)]
+            await answer(found.hub, submission("a", prompt, 2))
+            await asyncio.sleep(2.0)
+            with pytest.raises(ClusterError, match="node0: "):
+                await operator.pin(prompt, salt="", tenant="", ttl_s=60.0, priority="high")
+            assert await operator.set_quota("abc", 5) == {"node0": 0}
+            await asyncio.sleep(2.0)
+            (usage,) = [usage for usage in found.hub.status().pools["node0"].tenants if usage.tenant == "abc"]
+            assert usage.quota == 5
 
     run_virtual(scenario())
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvasir.core.events import InstanceInfo, InstanceLoad
-from kvasir.core.pool_events import PoolStats
+from kvasir.core.pool_events import PoolStats, TenantStats
 from kvasir.core.request import Role, Slo
-from kvasir.core.usage import TenantUsage, TransportUsage
+from kvasir.core.usage import TransportUsage
 from kvasir.report.timeline import RequestRecord
 from kvasir.telemetry.histogram import Histogram
 from kvasir.telemetry.metrics import Metrics
@@ -25,7 +25,6 @@ class Status:
     pools: dict[str, PoolStats] = field(default_factory=dict)
     counters: dict[str, float] = field(default_factory=dict)
     transports: dict[str, tuple[TransportUsage, ...]] = field(default_factory=dict)
-    tenants: dict[str, tuple[TenantUsage, ...]] = field(default_factory=dict)
 
 
 def metrics_of(status: Status) -> Metrics:
@@ -113,7 +112,8 @@ def test_a_value_on_an_edge_is_within_it() -> None:
 
 def test_tiers_have_their_blocks_bytes_hits_and_evictions() -> None:
     stats = PoolStats(
-        slots=100, published=60, lookups=50, hits=20, ssd_hits=10, ssd_slots=400, ssd_published=300, evictions=7, dropped=2,
+        slots=100, published=60, lookups=50, hits=20, ssd_hits=10, ssd_slots=400, ssd_published=300, evictions=10,
+        quota_evictions=2, demotions=1, dropped=2,
         ssd_evictions=3, failed_loads=1, spilled=9, spills_waiting=4,
     )  # fmt: skip
     metrics = metrics_of(Status(pools={"n0": stats}))
@@ -122,7 +122,14 @@ def test_tiers_have_their_blocks_bytes_hits_and_evictions() -> None:
     assert value(metrics, "kvasir_pool_capacity_bytes", node="n0", tier="ssd") == 400_000
     assert value(metrics, "kvasir_pool_tier_hits_total", node="n0", tier="ssd") == 10
     assert value(metrics, "kvasir_pool_misses_total", node="n0") == 20
-    for tier, reason, count in (("dram", "space", 7), ("dram", "unwritten", 2), ("ssd", "space", 3), ("ssd", "failed_read", 1)):
+    for tier, reason, count in (
+        ("dram", "space", 7),
+        ("dram", "quota", 2),
+        ("dram", "demoted", 1),
+        ("dram", "unwritten", 2),
+        ("ssd", "space", 3),
+        ("ssd", "failed_read", 1),
+    ):
         assert value(metrics, "kvasir_pool_evicted_blocks_total", node="n0", tier=tier, reason=reason) == count
     assert value(metrics, "kvasir_pool_spilled_total", node="n0") == 9
     assert value(metrics, "kvasir_pool_spill_queue_length", node="n0") == 4
@@ -136,7 +143,7 @@ def test_a_node_without_an_ssd_tells_of_none() -> None:
 def test_every_count_of_a_pool_is_told_once() -> None:
     exposed = {name for name, _ in samples(metrics_of(Status(pools={"n0": PoolStats(slots=1, ssd_slots=1)})))}
     gauges = {"slots", "free", "reserved", "private", "published", "leased", "leases", "owners", "ssd_slots", "ssd_free"}
-    gauges |= {"ssd_published", "writing", "spilling", "spills_waiting", "loading", "fetching", "pinned"}
+    gauges |= {"ssd_published", "writing", "spilling", "spills_waiting", "loading", "fetching", "pinned", "tenants"}
     counters = set(PoolStats.__struct_fields__) - gauges
     assert {f"kvasir_pool_{name}_total" for name in counters} <= exposed
 
@@ -146,8 +153,8 @@ def test_transports_and_tenants_have_their_own() -> None:
         TransportUsage("tcp", bytes=10, transfers=4, failures=1, retries=2, seconds=0.5, queued=3),
         TransportUsage("shm"),
     )
-    tenants = (TenantUsage("a", 5, 10), TenantUsage("b", 6))
-    metrics = metrics_of(Status(transports={"n0": transports}, tenants={"n0": tenants}))
+    tenants = (TenantStats("a", 5, 10), TenantStats("b", 6, None))
+    metrics = metrics_of(Status(transports={"n0": transports}, pools={"n0": PoolStats(tenants=tenants)}))
     for name, count in (("bytes", 10), ("transfers", 4), ("failures", 1), ("retries", 2), ("seconds", 0.5)):
         assert value(metrics, f"kvasir_transfer_{name}_total", node="n0", transport="tcp") == count
     assert value(metrics, "kvasir_transfer_queue_length", node="n0", transport="tcp") == 3

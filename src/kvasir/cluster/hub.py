@@ -224,7 +224,6 @@ class Hub:
             dict(self._pools),
             dict(self._counters + self._conductor.counters),
             {node: report.transports for node, report in self._reports.items()},
-            {node: report.tenants for node, report in self._reports.items()},
         )
 
     # --- the instances' and pools' side ------------------------------------------------------------------------

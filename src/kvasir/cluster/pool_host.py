@@ -12,6 +12,7 @@ from kvasir.core.pool_events import (
     Loaded,
     Loading,
     OwnerJoined,
+    Pinned,
     PoolEvent,
     PoolTick,
     Refused,
@@ -32,7 +33,7 @@ MESSENGER = "messenger"
 MESSENGER_EPOCH = 0
 """Owner of what the pool's own body brings: it lives as long as the pool."""
 
-Answer = Reserved | Leased | Loading | Loaded | Refused | None
+Answer = Reserved | Leased | Loading | Loaded | Pinned | Refused | None
 
 
 class PoolHost:
@@ -69,7 +70,7 @@ class PoolHost:
                     self.arena.generations[list(slots)] += 1
                     self.arena.missing[list(slots)] = 0
                     answer = said
-                case Leased() | Loaded() | Refused():
+                case Leased() | Loaded() | Pinned() | Refused():
                     answer = said
                 case Spill():
                     self.on_spill(said)
@@ -80,7 +81,7 @@ class PoolHost:
     def ask(self, event: PoolEvent) -> Reserved | Leased | Refused | None:
         """As `handle`, for an event that brings nothing from the SSD."""
         answer = self.handle(event)
-        assert not isinstance(answer, Loading | Loaded), answer
+        assert not isinstance(answer, Loading | Loaded | Pinned), answer
         return answer
 
     @property

@@ -22,7 +22,7 @@ from kvasir.cluster.disk import start_disk
 from kvasir.cluster.lifeline import child_config, remove_runtime_directory, run_child
 from kvasir.cluster.messages import PeerPool, PoolReport, Shutdown
 from kvasir.cluster.mover import MessengerMover
-from kvasir.cluster.orders import Order
+from kvasir.cluster.orders import ClearCache, PinBlocks, SetTenantQuota, UnpinBlocks
 from kvasir.cluster.peers import OpenChannel, Peers, tcp_channel
 from kvasir.cluster.pool_host import PoolHost
 from kvasir.cluster.pool_messages import (
@@ -212,8 +212,8 @@ class PoolBody:
                 case CopyBlocks(source=source, keys=keys):
                     if self._num_bringing < MAX_BRINGING:
                         self._tasks.create_task(self._bringer.copy(source, keys))
-                case Order() as order:
-                    self._hub.send(carry_out(order, self._host, self._node))
+                case ClearCache() | PinBlocks() | UnpinBlocks() | SetTenantQuota() as order:
+                    self._hub.send(carry_out(order, self._host, self._node, asyncio.get_running_loop().time()))
                     self._flush_soon()
                 case Resync():
                     self._host.start_over()

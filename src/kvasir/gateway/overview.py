@@ -74,11 +74,12 @@ def _node(name: str, status: ClusterStatus, block_bytes: int) -> Json:
         "instances": sum(instance.info.node == name for instance in status.instances),
         "used_share": used_slots(stats) / max(1, stats.slots),
         "leases": stats.leases,
+        "pinned": stats.pinned,
         "lookups": stats.lookups,
         "misses": misses(stats),
         "tiers": [_tier(tier, stats, block_bytes) for tier in tier_blocks(stats)],
         "transports": [asdict(transport) for transport in status.transports.get(name, ())],
-        "tenants": [asdict(usage) for usage in status.tenants.get(name, ())],
+        "tenants": [{"tenant": usage.tenant, "blocks": usage.published, "quota": usage.quota} for usage in stats.tenants],
     }
 
 

@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from kvasir.core.pool_events import PoolStats
 from kvasir.core.tier import Tier
-from kvasir.core.usage import TenantUsage, TransportUsage
+from kvasir.core.usage import TransportUsage
 
 STATES = ("free", "reserved", "private", "published", "leased", "loading", "spilling", "fetching", "pinned")
 """Slots of the arena by what they are now; `leased` and `pinned` ones are published as well."""
@@ -17,7 +17,8 @@ STATES = ("free", "reserved", "private", "published", "leased", "loading", "spil
 _OTHER_GAUGES = frozenset({"slots", "leases", "owners", "ssd_slots", "ssd_free", "ssd_published", "writing", "spills_waiting"})
 
 _EVICTIONS = (
-    (Tier.DRAM, "space", "evictions"),
+    (Tier.DRAM, "quota", "quota_evictions"),
+    (Tier.DRAM, "demoted", "demotions"),
     (Tier.DRAM, "unwritten", "dropped"),
     (Tier.SSD, "space", "ssd_evictions"),
     (Tier.SSD, "failed_read", "failed_loads"),
@@ -73,13 +74,13 @@ def transfer_families(transports: Mapping[str, Sequence[TransportUsage]]) -> Ite
     yield from (*(family for family, _ in counters), queued)
 
 
-def tenant_families(tenants: Mapping[str, Sequence[TenantUsage]]) -> Iterator[Metric]:
+def tenant_families(pools: Mapping[str, PoolStats]) -> Iterator[Metric]:
     labels = ["node", "tenant"]
     blocks = GaugeMetricFamily("kvasir_tenant_blocks", "Blocks of the tenant in the node's DRAM", labels=labels)
     quotas = GaugeMetricFamily("kvasir_tenant_quota_blocks", "Blocks that the tenant may have there", labels=labels)
-    for node, found in sorted(tenants.items()):
-        for usage in found:
-            blocks.add_metric([node, usage.tenant], usage.blocks)
+    for node, stats in sorted(pools.items()):
+        for usage in stats.tenants:
+            blocks.add_metric([node, usage.tenant], usage.published)
             if usage.quota is not None:
                 quotas.add_metric([node, usage.tenant], usage.quota)
     yield from (blocks, quotas)
@@ -131,6 +132,8 @@ def _lookups(pools: Pools) -> Iterator[Metric]:
         if stats.ssd_slots:
             hits.add_metric([node, Tier.SSD.value], stats.ssd_hits)
         missed.add_metric([node], misses(stats))
+        apart = stats.quota_evictions + stats.demotions
+        evicted.add_metric([node, Tier.DRAM.value, "space"], stats.evictions - apart)
         for tier, reason, name in _EVICTIONS:
             evicted.add_metric([node, tier.value, reason], values[name])
     yield from (hits, missed, evicted)
