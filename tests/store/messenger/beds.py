@@ -59,12 +59,15 @@ def expected(target: np.ndarray, source: Arena, spans: list[SpanPair]) -> np.nda
 async def bed(make: Callable[[Arena], Transport], *, stall_s: float = 5.0) -> AsyncIterator[Bed]:
     source, target = filled(1), filled(2)
     server = await TcpServer.start(source, "127.0.0.1", stall_s=stall_s)
-    peer = PeerArena("source", source.handle, host_identity(), tcp=server.address)
     transport = make(target)
+    serving = make(source)
+    nixl = serving.address if serving.name == "nixl" else None  # type: ignore[attr-defined]
+    peer = PeerArena("source", source.handle, host_identity(), tcp=server.address, nixl=nixl)
     try:
         yield Bed(source, target, peer, transport, server)
     finally:
         await transport.close()
+        await serving.close()
         await server.close()
         source.close()
         target.close()

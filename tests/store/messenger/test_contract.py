@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -15,10 +16,22 @@ from hypothesis import strategies as st
 from kvasir.core.errors import TransferError
 from kvasir.store.arena import Arena
 from kvasir.store.messenger import SpanPair, Transport
+from kvasir.store.messenger.faulty import FaultPlan, FaultyTransport
 from tests.store.messenger.beds import NUM_SLOTS, SLOT_BYTES, bed, expected, shm, soon, tcp
 
 Make = Callable[[Arena], Transport]
-MAKES: dict[str, Make] = {"shm": shm, "tcp": tcp}
+
+
+def faulty(target: Arena) -> Transport:
+    """With an empty plan it is what it wraps."""
+    return FaultyTransport(tcp(target), target, FaultPlan(), seed=1)
+
+
+MAKES: dict[str, Make] = {"shm": shm, "tcp": tcp, "faulty": faulty}
+if importlib.util.find_spec("nixl") is not None:
+    from kvasir.store.messenger.nixl import NixlTransport
+
+    MAKES["nixl"] = NixlTransport
 
 pytestmark = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
 
@@ -140,5 +153,5 @@ async def test_no_bytes_are_no_work(make: Make) -> None:
 async def test_reaches_says_whether_there_is_a_path(make: Make) -> None:
     async with bed(make) as it:
         assert it.transport.reaches(it.peer)
-        elsewhere = msgspec.structs.replace(it.peer, host="another machine", tcp=None)
+        elsewhere = msgspec.structs.replace(it.peer, host="another machine", tcp=None, nixl=None)
         assert not it.transport.reaches(elsewhere)
