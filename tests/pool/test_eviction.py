@@ -45,7 +45,16 @@ def test_a_suffix_goes_before_its_prefix(eviction: Eviction) -> None:
     assert [eviction.victim(1.0) for _ in range(3)] == [7, 5, 3]
 
 
-@given(st.lists(st.tuples(st.sampled_from(["add", "remove", "victim"]), st.integers(0, 5), st.integers(1, 9))))
+def test_a_forgotten_block_is_no_victim_and_another_may_come_into_its_slot(eviction: Eviction) -> None:
+    eviction.add(1, block(1), 0.0)
+    eviction.add(2, block(2), 0.0)
+    eviction.forget(1, 0.5)
+    assert list(eviction) == [2]
+    eviction.add(1, block(3), 1.0)
+    assert {eviction.victim(2.0), eviction.victim(2.0)} == {1, 2}
+
+
+@given(st.lists(st.tuples(st.sampled_from(["add", "remove", "forget", "victim"]), st.integers(0, 5), st.integers(1, 9))))
 @pytest.mark.parametrize("policy", EVICTIONS)
 def test_it_holds_exactly_what_was_added_and_not_taken(policy: str, steps: list[tuple[str, int, int]]) -> None:
     eviction = made(policy)
@@ -60,7 +69,7 @@ def test_it_holds_exactly_what_was_added_and_not_taken(policy: str, steps: list[
                 eviction.add(slot, block(slot, slot, uses), now)
                 held.add(slot)
             else:
-                eviction.remove(slot, now)
+                (eviction.remove if step == "remove" else eviction.forget)(slot, now)
                 held.remove(slot)
         assert len(eviction) == len(held)
         assert sorted(eviction) == sorted(held)

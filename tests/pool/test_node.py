@@ -7,9 +7,15 @@ import pytest
 from kvasir.core.errors import InvariantError
 from kvasir.core.pool_events import (
     AdoptLease,
+    Clear,
+    DropBlocks,
+    FetchDone,
+    Fetching,
+    FetchStart,
     KeyedSlot,
     LeaseBlocks,
     Leased,
+    Loaded,
     OfferLease,
     OwnerJoined,
     OwnerLost,
@@ -297,3 +303,74 @@ def test_check_tells_what_is_broken_and_what_happened() -> None:
     node._slots.free.append(0)
     with pytest.raises(InvariantError, match=r"(?s)number of places: \{0: 2\}.*PutStart\(owner='p'"):
         node.check()
+
+
+def fetch(hand: Hand, lease: str, count: int) -> list[PoolAnswer]:
+    return hand.node.handle(FetchStart(hand.owner, hand.epoch, lease, count), 0.0)
+
+
+def fetched(node: PoolNode, lease: str, num_good: int) -> list[PoolAnswer]:
+    return node.handle(FetchDone("messenger", 0, lease, num_good), 0.0)
+
+
+def test_blocks_of_another_node_are_fetched_into_slots_that_their_owner_publishes(node: PoolNode, p: Hand) -> None:
+    p.lease("r", A, B)
+    assert fetch(p, "r", 2) == [Fetching("r", (0, 1))]
+    assert node.stats().fetching == 2
+    assert fetched(node, "r", 2) == [Loaded("r", (0, 1))]
+    assert p.put("r", A=0, B=1) == [Stored((A, B))]
+    assert node.stats().fetched == 2
+
+
+def test_a_fetch_that_fails_half_way_gives_the_rest_back(node: PoolNode, p: Hand) -> None:
+    p.lease("r", A, B, C)
+    fetch(p, "r", 3)
+    assert fetched(node, "r", 1) == [Loaded("r", (0,))]
+    stats = node.stats()
+    assert (stats.free, stats.reserved, stats.fetched, stats.failed_fetches) == (3, 1, 1, 2)
+
+
+def test_slots_being_fetched_into_outlive_the_owner_that_asked(node: PoolNode, p: Hand) -> None:
+    p.lease("r", A)
+    fetch(p, "r", 3)
+    p.lost()
+    other = Hand(node, "d")
+    assert other.reserve(4) == [Reserved((3,))]
+    assert fetched(node, "r", 3) == []
+    assert node.stats().free == 3
+
+
+def test_a_late_fetch_is_not_for_a_later_lease_of_the_same_name(node: PoolNode, p: Hand) -> None:
+    p.lease("r", A)
+    fetch(p, "r", 1)
+    p.release("r")
+    p.lease("r", B)
+    assert refusal(fetch(p, "r", 1)) == "loading"
+    assert fetched(node, "r", 1) == []
+    assert fetch(p, "r", 1) == [Fetching("r", (0,))]
+    fetched(node, "r", 0)
+
+
+def test_a_fetch_evicts_as_needed_and_an_empty_one_needs_no_end(node: PoolNode, p: Hand) -> None:
+    p.lease("w")
+    p.put("w", A=p.slots(1)[0])
+    p.release("w")
+    slots = p.slots(3)
+    p.lease("r", B)
+    assert fetch(p, "r", 2) == [Removed((A,), "evicted"), Fetching("r", (0,))]
+    fetched(node, "r", 0)
+    p.reserve(1)
+    assert fetch(p, "r", 2) == [Fetching("r", ())]
+    assert refusal(fetched(node, "r", 0)) == "unknown_lease"
+    p.revoke(*slots)
+
+
+def test_dropped_blocks_are_gone_unless_they_are_leased(node: PoolNode, p: Hand) -> None:
+    p.lease("w")
+    p.put("w", **dict(zip("ABC", p.slots(3), strict=True)))
+    p.release("w")
+    p.lease("r", A)
+    assert node.handle(DropBlocks("p", 1, (A, B, B, D)), 0.0) == [Removed((B,), "cleared")]
+    assert node.handle(Clear("p", 1), 0.0) == [Removed((C,), "cleared")]
+    assert node.inventory() == (A,)
+    assert refusal(node.handle(Clear("p", 0), 0.0)) == "stale_epoch"

@@ -1,6 +1,7 @@
 """PoolNode against a naive model: random events of several owners, incarnations and leases, checked after each one.
 
-Once without and once with an SSD, whose writes and reads end, well or not, in any order and also after those that asked died.
+Once without and once with an SSD. Fetches, and the SSD's writes and reads, end, well or not, in any order and also after those
+that asked died.
 Keys spell out the path to their block, so the model knows every block's parent and can tell a stranded suffix.
 """
 
@@ -12,6 +13,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvasir.core.pool_events import (
     AdoptLease,
+    Clear,
+    DropBlocks,
+    FetchDone,
+    Fetching,
+    FetchStart,
     KeyedSlot,
     LeaseBlocks,
     Leased,
@@ -70,6 +76,18 @@ class ModelLease:
         return {self.path[: i + 1] for i in range(self.filled)}
 
 
+@dataclass
+class ModelLoad:
+    """A load from `ssd_slots`, or a fetch when that is None."""
+
+    owner: str
+    epoch: int
+    lease: ModelLease
+    keys: tuple[bytes, ...]
+    slots: tuple[int, ...]
+    ssd_slots: tuple[int, ...] | None = None
+
+
 class NodeMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -83,6 +101,9 @@ class NodeMachine(RuleBasedStateMachine):
         self.reserved: dict[str, set[int]] = {}
         self.published: dict[bytes, int] = {}
         self.leases: dict[str, ModelLease] = {}
+        self.loads: dict[str, ModelLoad] = {}
+        self.fetched = self.failed_fetches = 0
+        self.dropped: set[bytes] = set()  # at one time or other; what followed on them is on its own
 
     @initialize()
     def everybody_joins(self) -> None:
@@ -118,16 +139,11 @@ class NodeMachine(RuleBasedStateMachine):
         answers = self.ask(PutStart(owner, self.epoch(owner, older), count))
         if answers is None:
             return
-        pinned = self.pinned()
         *removed, answer = answers
-        for gone in removed:
-            assert isinstance(gone, Removed)
-            assert not set(gone.keys) & pinned, "a leased block was evicted"
-            assert count > len(self.free), "evicted without need"
-            self.evict(gone.keys)
+        self.make_room(removed, count)
         assert isinstance(answer, Reserved)
         assert len(answer.slots) == min(count, len(self.free))
-        assert len(answer.slots) == count or self.published.keys() <= pinned, "not all was evicted that could be"
+        assert len(answer.slots) == count or self.published.keys() <= self.pinned(), "not all was evicted that could be"
         assert set(answer.slots) <= self.free
         self.free -= set(answer.slots)
         self.reserved[owner] |= set(answer.slots)
@@ -279,6 +295,109 @@ class NodeMachine(RuleBasedStateMachine):
         assert self.tell(PoolTick("body", 0)) == []
         self.expire()
 
+    # --- fetches -----------------------------------------------------------------------------------------------
+
+    @rule(holder=HOLDERS, older=EPOCHS, lease=LEASES, count=COUNTS)
+    def start_fetch(self, holder: str | None, older: int, lease: str, count: int) -> None:
+        owner, held = holder or self.holder(lease), self.leases.get(lease)
+        if held is not None:
+            count = min(count, len(held.path) - len(held.slots))
+        answers = self.ask(FetchStart(owner, self.epoch(owner, older), lease, count))
+        if answers is None or not self.may_load(answers, owner, lease):
+            return
+        *removed, answer = answers
+        self.make_room(removed, count)
+        assert isinstance(answer, Fetching)
+        self.fill(owner, lease, tuple(held.path[: len(held.slots) + i + 1] for i in range(count)) if held else (), answer.slots)
+
+    def may_load(self, answers: list[PoolAnswer], owner: str, lease: str) -> bool:
+        """Whether a load or fetch can begin, and that the node says so."""
+        held = self.leases.get(lease)
+        code = "unknown_lease" if held is None or held.owner != owner else "loading" if lease in self.loads else ""
+        assert self.refused(answers) == code
+        return not code
+
+    def make_room(self, removed: list[PoolAnswer], count: int) -> None:
+        assert not removed or count > len(self.free), "evicted without need"
+        for gone in removed:
+            assert isinstance(gone, Removed)
+            assert not set(gone.keys) & self.pinned(), "a leased block was evicted"
+            self.evict(gone.keys)
+
+    def fill(
+        self, owner: str, lease: str, keys: tuple[bytes, ...], slots: tuple[int, ...], ssd_slots: tuple[int, ...] | None = None
+    ) -> None:
+        """These slots are being filled from now on, with as many of the blocks as there was room for."""
+        assert len(slots) == min(len(keys), len(self.free))
+        assert len(slots) == len(keys) or self.published.keys() <= self.pinned(), "not all was evicted that could be"
+        assert set(slots) <= self.free
+        self.free -= set(slots)
+        if slots:
+            self.loads[lease] = ModelLoad(owner, self.epochs[owner], self.leases[lease], keys[: len(slots)], slots, ssd_slots)
+
+    @rule(lease=LEASES, failed=st.sampled_from([0, 0, 1, 2, 9]), publish=st.booleans())
+    def fetch_ends(self, lease: str, failed: int, publish: bool) -> None:
+        load = self.loads.get(lease)
+        if load is None or load.ssd_slots is not None:
+            assert self.refused(self.tell(FetchDone("messenger", 0, lease, 0))) == "unknown_lease"
+            return
+        for nonsense in (-1, len(load.slots) + 1):
+            assert self.refused(self.tell(FetchDone("messenger", 0, lease, nonsense))) == "bad_slot"
+        num_good = max(0, len(load.slots) - failed)
+        self.fetched += num_good
+        self.failed_fetches += len(load.slots) - num_good
+        del self.loads[lease]
+        self.deliver(lease, load, num_good, self.tell(FetchDone("messenger", 0, lease, num_good)), publish)
+
+    def deliver(self, lease: str, load: ModelLoad, num_good: int, answers: list[PoolAnswer], publish: bool) -> None:
+        """A load or fetch has ended with these answers."""
+        if self.leases.get(lease) is not load.lease or load.lease.owner != load.owner or self.epochs[load.owner] != load.epoch:
+            assert answers == []
+            self.free |= set(load.slots)
+            return
+        assert answers == [Loaded(lease, load.slots[:num_good])]
+        self.reserved[load.owner] |= set(load.slots[:num_good])
+        self.free |= set(load.slots[num_good:])
+        if publish:
+            self.publish(load.owner, 0, lease, num_good)
+
+    @rule(owner=OWNERS, lease=LEASES, path=PATHS, failed=st.sampled_from([0, 0, 1]))
+    def fetch_from_elsewhere(self, owner: str, lease: str, path: bytes, failed: int) -> None:
+        """What a prompt does whose blocks another node has."""
+        if owner in self.alive and lease not in self.leases and lease not in self.loads:
+            self.open_lease(owner, 0, lease, path)
+            self.start_fetch(owner, 0, lease, 2)
+            self.fetch_ends(lease, failed, True)
+
+    # --- forgetting --------------------------------------------------------------------------------------------
+
+    @rule(owner=OWNERS, older=EPOCHS, path=PATHS, start=st.integers(0, 3), count=COUNTS)
+    def drop(self, owner: str, older: int, path: bytes, start: int, count: int) -> None:
+        keys = tuple(path[: i + 1] for i in range(start, min(start + count, len(path))))
+        answers = self.ask(DropBlocks(owner, self.epoch(owner, older), keys))
+        if answers is not None:
+            self.forget(keys, answers)
+
+    @rule(owner=OWNERS, older=EPOCHS, really=st.sampled_from([False] * 4 + [True]))
+    def clear(self, owner: str, older: int, really: bool) -> None:
+        keys = tuple(sorted(self.known()))
+        if really and (answers := self.ask(Clear(owner, self.epoch(owner, older)))) is not None:
+            self.forget(keys, answers)
+
+    def known(self) -> set[bytes]:
+        """Every block that is somewhere in the pool."""
+        return set(self.published)
+
+    def forget(self, keys: tuple[bytes, ...], answers: list[PoolAnswer]) -> None:
+        gone = set(keys) & self.published.keys() - self.pinned()
+        self.dropped |= set(keys)
+        if gone:
+            answer = answers.pop(0)
+            assert isinstance(answer, Removed)
+            assert (set(answer.keys), answer.reason, answer.tier) == (gone, "cleared", Tier.DRAM)
+            self.evict(answer.keys)
+        assert answers == []
+
     # --- what must always hold ---------------------------------------------------------------------------------
 
     @invariant()
@@ -295,11 +414,13 @@ class NodeMachine(RuleBasedStateMachine):
         assert stats.leased == len(self.pinned())
         assert stats.leases == len(self.leases)
         assert stats.owners == len(self.alive)
+        assert stats.fetching == sum(len(load.slots) for load in self.loads.values() if load.ssd_slots is None)
+        assert (stats.fetched, stats.failed_fetches) == (self.fetched, self.failed_fetches)
         assert set(self.node.inventory()) == set(self.published)
 
     @invariant()
     def no_suffix_is_stranded(self) -> None:
-        assert all(key[:-1] in self.published for key in self.published if len(key) > 1)
+        assert all(key[:-1] in self.published | dict.fromkeys(self.dropped) for key in self.published if len(key) > 1)
 
     # --- the model ---------------------------------------------------------------------------------------------
 
@@ -359,16 +480,6 @@ class NodeMachine(RuleBasedStateMachine):
             self.close(lease)
 
 
-@dataclass
-class ModelLoad:
-    owner: str
-    epoch: int
-    lease: ModelLease
-    keys: tuple[bytes, ...]
-    slots: tuple[int, ...]
-    ssd_slots: tuple[int, ...]
-
-
 class SsdNodeMachine(NodeMachine):
     """The SSD holds fewer blocks than the paths have, so it evicts too; what it says is taken out of the answers in `tell`."""
 
@@ -376,7 +487,6 @@ class SsdNodeMachine(NodeMachine):
         super().__init__()
         self.node = PoolNode(NUM_SLOTS, ssd_slots=NUM_SSD_SLOTS, max_spilling=MAX_SPILLING)
         self.on_ssd: dict[bytes, int] = {}
-        self.loads: dict[str, ModelLoad] = {}
         self.excused: set[bytes] = set()  # blocks whose writes or reads have gone wrong or been overtaken
         self.spilled = self.loaded = 0
 
@@ -389,8 +499,12 @@ class SsdNodeMachine(NodeMachine):
                 case Removed(keys=keys, tier=Tier.SSD, reason="evicted"):
                     for key in keys:
                         assert key not in self.published or key in left, "a copy of what DRAM holds was evicted"
-                        assert not any(self.on_ssd[key] in load.ssd_slots for load in self.loads.values())
+                        assert self.on_ssd[key] not in self.being_read()
                         del self.on_ssd[key]
+                case Removed(keys=keys, tier=Tier.SSD):
+                    for key in keys:
+                        del self.on_ssd[key]  # and its place may be taken by what comes next
+                    rest.append(answer)
                 case Stored(keys=(key,), tier=Tier.SSD):
                     assert isinstance(event, SpillDone)
                     assert key not in self.on_ssd
@@ -405,11 +519,27 @@ class SsdNodeMachine(NodeMachine):
     def take_spill(self, spill: Spill, event: PoolEvent) -> None:
         assert spill.ssd_slot not in self.writing, "an ssd slot is written twice at a time"
         assert spill.ssd_slot not in self.on_ssd.values(), "a readable block is overwritten"
-        assert not any(spill.ssd_slot in load.ssd_slots for load in self.loads.values()), "a block is overwritten while read"
+        assert spill.ssd_slot not in self.being_read(), "a block is overwritten while read"
         assert spill.slot not in {slot for _, slot in self.writing.values()}
         assert spill.depth == len(spill.key) - 1
         self.writing[spill.ssd_slot] = (spill.key, spill.slot)
         assert len(self.writing) <= MAX_SPILLING + isinstance(event, SpillDone)
+
+    def being_read(self) -> set[int]:
+        return {ssd_slot for load in self.loads.values() for ssd_slot in load.ssd_slots or ()}
+
+    def known(self) -> set[bytes]:
+        return super().known() | self.on_ssd.keys() | {key for key, _ in self.writing.values()}
+
+    def forget(self, keys: tuple[bytes, ...], answers: list[PoolAnswer]) -> None:
+        self.excused |= set(keys) - self.pinned()
+        last = answers[-1] if answers else None
+        if isinstance(last, Removed) and last.tier is Tier.SSD:
+            assert set(last.keys) <= set(keys) - self.pinned()
+            assert last.reason == "cleared"
+            answers.pop()
+        assert not {key for key in set(keys) & self.on_ssd.keys() - self.pinned() if self.on_ssd[key] not in self.being_read()}
+        super().forget(keys, answers)
 
     def num_on_ssd(self, keys: tuple[bytes, ...]) -> int:
         return next((i for i, key in enumerate(keys) if key not in self.on_ssd), len(keys))
@@ -435,6 +565,15 @@ class SsdNodeMachine(NodeMachine):
             if self.writing:
                 self.write_ends(0, True)
 
+    def demote(self, owner: str, lease: str, path: bytes) -> None:
+        """A prompt is computed, written out and evicted by the next ones."""
+        if owner in self.alive and lease not in self.leases:
+            self.prefill(owner, lease, path, 3)
+            self.all_writes_end_well(2)
+            self.release(owner, 0, lease, 0, None)
+            self.reserve(owner, 0, NUM_SLOTS)
+            self.revoke(owner, 0, sorted(self.reserved[owner]))
+
     @rule(ssd_slot=st.integers(-1, NUM_SSD_SLOTS))
     def a_write_that_never_began_ends(self, ssd_slot: int) -> None:
         if ssd_slot not in self.writing:
@@ -446,75 +585,58 @@ class SsdNodeMachine(NodeMachine):
         path, start = (held.path, len(held.slots) + skip) if held is not None else (b"aaaa", 0)
         keys = tuple(path[: i + 1] for i in range(start, len(path)))
         answers = self.ask(LoadStart(owner, self.epoch(owner, older), lease, keys))
-        if answers is None:
-            return
-        if held is None or held.owner != owner:
-            assert self.refused(answers) == "unknown_lease"
-            return
-        if lease in self.loads:
-            assert self.refused(answers) == "loading"
+        if answers is None or not self.may_load(answers, owner, lease):
             return
         *removed, answer = answers
-        for gone in removed:
-            assert isinstance(gone, Removed)
-            assert not set(gone.keys) & self.pinned()
-            self.evict(gone.keys)
-        assert isinstance(answer, Loading)
         on_ssd = self.num_on_ssd(keys)
-        assert len(answer.slots) == min(on_ssd, len(self.free))
-        assert len(answer.slots) == on_ssd or self.published.keys() <= self.pinned()
-        assert set(answer.slots) <= self.free
+        self.make_room(removed, on_ssd)
+        assert isinstance(answer, Loading)
         assert answer.ssd_slots == tuple(self.on_ssd[key] for key in keys[: len(answer.slots)])
-        self.free -= set(answer.slots)
+        self.fill(owner, lease, keys[:on_ssd], answer.slots, answer.ssd_slots)
         if answer.slots:
             self.excused |= set(keys)
-            epoch = self.epochs[owner]
-            self.loads[lease] = ModelLoad(owner, epoch, held, keys[: len(answer.slots)], answer.slots, answer.ssd_slots)
 
     @rule(lease=LEASES, failures=st.sets(st.integers(0, 3), max_size=2), publish=st.booleans())
     def load_ends(self, lease: str, failures: set[int], publish: bool) -> None:
         load = self.loads.get(lease)
-        if load is None:
+        if load is None or load.ssd_slots is None:
             assert self.refused(self.tell(LoadDone("body", 0, lease))) == "unknown_lease"
             return
         if not failures:
             assert self.refused(self.tell(LoadDone("body", 0, lease, (NUM_SSD_SLOTS,)))) == "bad_slot"
-        failed = [(key, s) for i, (key, s) in enumerate(zip(load.keys, load.ssd_slots, strict=True)) if i in failures]
         del self.loads[lease]
-        answers = self.tell(LoadDone("body", 0, lease, tuple(s for _, s in failed)))
+        failed = [(key, s) for i, (key, s) in enumerate(zip(load.keys, load.ssd_slots, strict=True)) if i in failures]
         lost = tuple(key for key, s in failed if self.on_ssd.get(key) == s)
-        for key in lost:
-            del self.on_ssd[key]
+        answers = self.tell(LoadDone("body", 0, lease, tuple(s for _, s in failed)))
         if lost:
             assert answers.pop(0) == Removed(lost, "failed", Tier.SSD)
         num_good = next((i for i in range(len(load.slots)) if i in failures), len(load.slots))
         self.loaded += num_good
-        if self.leases.get(lease) is not load.lease or load.lease.owner != load.owner or self.epochs[load.owner] != load.epoch:
-            assert answers == []
-            self.free |= set(load.slots)
-            return
-        assert answers == [Loaded(lease, load.slots[:num_good])]
-        self.reserved[load.owner] |= set(load.slots[:num_good])
-        self.free |= set(load.slots[num_good:])
-        if publish:
-            self.publish(load.owner, 0, lease, num_good)
+        self.deliver(lease, load, num_good, answers, publish)
 
-    @rule(owner=OWNERS, lease=LEASES, path=PATHS, failures=st.sets(st.integers(0, 3), max_size=1))
-    def read_back(self, owner: str, lease: str, path: bytes, failures: set[int]) -> None:
+    @rule(lease=LEASES)
+    def drop_what_is_being_read(self, lease: str) -> None:
+        if lease in self.loads and self.alive:
+            self.drop(min(self.alive), 0, self.loads[lease].lease.path, 0, 4)
+
+    @rule(owner=OWNERS, lease=LEASES, path=PATHS, failures=st.sets(st.integers(0, 3), max_size=1), ends=st.booleans())
+    def read_back(self, owner: str, lease: str, path: bytes, failures: set[int], ends: bool) -> None:
         """What a turn of a chat does whose blocks have left DRAM."""
+        self.demote(owner, lease, path)
         if owner in self.alive and lease not in self.leases and lease not in self.loads:
             self.open_lease(owner, 0, lease, path)
             self.start_load(owner, 0, lease, 0)
-            self.load_ends(lease, failures, True)
+            if ends or lease not in self.loads:
+                self.load_ends(lease, failures, True)
 
     @invariant()
     def the_ssd_agrees_with_the_model(self) -> None:
         stats = self.node.stats()
         assert set(self.node.inventory(Tier.SSD)) == set(self.on_ssd)
         assert (stats.writing, stats.spilling) == (len(self.writing), len(self.leaving))
-        assert stats.loading == sum(len(load.slots) for load in self.loads.values())
+        assert stats.loading == sum(len(load.slots) for load in self.loads.values() if load.ssd_slots is not None)
         assert (stats.spilled, stats.loaded) == (self.spilled, self.loaded)
-        total = stats.free + stats.reserved + stats.private + stats.published + stats.loading + stats.spilling
+        total = stats.free + stats.reserved + stats.private + stats.published + stats.loading + stats.fetching + stats.spilling
         assert total == NUM_SLOTS
 
     @invariant()

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from kvasir.core.pool_events import (
+    Clear,
+    DropBlocks,
     Leased,
     LoadDone,
     Loaded,
@@ -231,3 +233,23 @@ def test_without_an_ssd_nothing_is_said_of_one() -> None:
     assert load(p, "r2", B) == [Loading("r2", (), ())]
     assert refusal(done(node, 0)) == refusal(node.handle(SsdFound("body", 0, ()), 0.0)) == "bad_slot"
     assert (node.inventory(Tier.SSD), node.stats().ssd_slots) == ((), 0)
+
+
+def test_a_dropped_block_is_gone_from_the_ssd_too_and_its_write_is_given_up(node: PoolNode, p: Hand) -> None:
+    fill_and_demote(node, p)
+    p.lease("r")
+    p.put("r", C=p.slots(1)[0])
+    p.release("r")
+    assert node.handle(DropBlocks("p", 1, (B, C)), 0.0) == [Removed((C,), "cleared"), Removed((B,), "cleared", Tier.SSD)]
+    assert node.stats().spilling == 1, "its slot is still read"
+    assert done(node, 2) == []
+    assert (node.inventory(Tier.SSD), node.stats().free) == ((A,), 4)
+
+
+def test_what_is_being_read_is_not_dropped(node: PoolNode, p: Hand) -> None:
+    fill_and_demote(node, p)
+    p.lease("r", A)
+    load(p, "r", A)
+    assert node.handle(Clear("p", 1), 0.0) == [Removed((B,), "cleared", Tier.SSD)]
+    loaded(node, "r")
+    assert node.handle(Clear("p", 1), 0.0) == [Removed((A,), "cleared", Tier.SSD)]

@@ -1,13 +1,15 @@
 """What a node's pool is asked and what it answers: the events and commands of `PoolNode`, which are also its wire messages.
 
 An *owner* is one incarnation of a process that uses the pool: a name and an epoch. A *slot* is one block's place in the
-arena. A slot is, at any time, exactly one of: free; reserved by an owner; private to a lease; published under a key; or,
-with an SSD, being read into (loading) or written out after its block was evicted. A *lease* is an ordered list of slots that
-one request reads (published) or fills (private): slot i holds block i. An *ssd slot* is one block's place on the SSD.
+arena. A slot is, at any time, exactly one of: free; reserved by an owner; private to a lease; published under a key; being
+filled from the SSD (loading) or from another node (fetching); or, with an SSD, written out after its block was evicted. A
+*lease* is an ordered list of slots that one request reads (published) or fills (private): slot i holds block i. An *ssd slot*
+is one block's place on the SSD.
 
-The SSD is written and read by the pool's own body, which says SpillDone and LoadDone in its own name whatever the outcome: each
-Spill and each Loading gets exactly one. Until then the node gives neither the slot nor the ssd slot to anybody else, not
-even when the owner that asked for it has died, because a late read would overwrite another's block.
+The SSD is written and read by the pool's own body, other nodes' blocks are fetched by its messenger. They say SpillDone,
+LoadDone and FetchDone in their own name whatever the outcome: each Spill, Loading and Fetching gets exactly one, once nothing
+can arrive any more. Until then the node gives neither the slot nor the ssd slot to anybody else, not even when the owner that
+asked for it has died, because a late byte would overwrite another's block.
 """
 
 from __future__ import annotations
@@ -99,11 +101,21 @@ class PoolTick(PoolEvent, frozen=True):
 class LoadStart(PoolEvent, frozen=True):
     """Read the blocks `keys`, which follow on those of the lease, from the SSD; answered by Loading, maybe with fewer.
 
-    Evicts as needed. One load at a time for each lease name, until its LoadDone.
+    Evicts as needed. One load or fetch at a time for each lease name, until its LoadDone or FetchDone.
     """
 
     lease: str
     keys: tuple[BlockKey, ...]
+
+
+class FetchStart(PoolEvent, frozen=True):
+    """Reserve up to `count` slots for blocks of another node that follow on those of the lease; answered by Fetching.
+
+    Evicts as needed. One load or fetch at a time for each lease name, until its LoadDone or FetchDone.
+    """
+
+    lease: str
+    count: int
 
 
 class LoadDone(PoolEvent, frozen=True):
@@ -115,6 +127,29 @@ class LoadDone(PoolEvent, frozen=True):
 
     lease: str
     failed: tuple[int, ...] = ()
+
+
+class FetchDone(PoolEvent, frozen=True):
+    """Said by the messenger: no byte of the lease's Fetching can arrive any more, and its first `num_good` slots are filled.
+
+    Answered by Loaded if the one that asked still holds the lease; else all slots become free.
+    """
+
+    lease: str
+    num_good: int
+
+
+class DropBlocks(PoolEvent, frozen=True):
+    """Forget these blocks in DRAM and on the SSD, except those that are leased or being read; unknown keys are ignored.
+
+    Blocks that came after a forgotten one stay until they are evicted, or until it is published again.
+    """
+
+    keys: tuple[BlockKey, ...]
+
+
+class Clear(PoolEvent, frozen=True):
+    """Forget all blocks in DRAM and on the SSD, except those that are leased or being read."""
 
 
 class SpillDone(PoolEvent, frozen=True):
@@ -162,8 +197,15 @@ class Loading(PoolAnswer, frozen=True):
     ssd_slots: tuple[int, ...]
 
 
+class Fetching(PoolAnswer, frozen=True):
+    """To the messenger: fill `slots`, in order, and say FetchDone. Empty: nothing could be reserved, nothing to say."""
+
+    lease: str
+    slots: tuple[int, ...]
+
+
 class Loaded(PoolAnswer, frozen=True):
-    """These slots hold the first blocks that were asked for and are reserved by the owner, to be published with PutEnd."""
+    """A load or fetch is over: these slots hold the first of the blocks and are reserved by the owner, for PutEnd."""
 
     lease: str
     slots: tuple[int, ...]
@@ -206,6 +248,7 @@ class Removed(PoolAnswer, frozen=True):
 class PoolStats(Struct, frozen=True):
     """Counts since the start, and the state now, in slots.
 
+    `fetching` slots are being filled from other nodes; `fetched` and `failed_fetches` count blocks.
     Of the SSD: `ssd_published` blocks can be read, `writing` are being written; `spilling` and `loading` are DRAM slots
     that a write (of a block evicted meanwhile) or a read keeps; `spills_waiting` blocks wait to be written. `spilled`,
     `loaded`, `failed_spills`, `failed_loads` and `ssd_evictions` count blocks; `ssd_hits` those that a lease found on the
@@ -225,6 +268,9 @@ class PoolStats(Struct, frozen=True):
     evictions: int = 0
     duplicates: int = 0
     expired_offers: int = 0
+    fetching: int = 0
+    fetched: int = 0
+    failed_fetches: int = 0
     refusals: int = 0
     broken_invariants: int = 0
     ssd_slots: int = 0

@@ -91,12 +91,13 @@ class CostAware:
             self._rates.released(key, uses_class, now)
 
     def remove(self, slot: int, now: float) -> None:
-        stay = self._stays[slot]
-        del self._classes[stay.class_][slot]
-        self._len -= 1
-        self._order_now = math.nan
+        stay = self._leave_class(slot)
         if stay.is_watched:
             self._rates.used(stay.key, now)
+
+    def forget(self, slot: int, now: float) -> None:
+        self._leave_class(slot)
+        del self._stays[slot]
 
     def victim(self, now: float) -> int | None:
         if not self._len:
@@ -119,6 +120,13 @@ class CostAware:
             self._reinsert(self._worth(class_, members, now), class_)
         self._ghosts.leave(stay.key, stay.total_uses, len(stays))
         return slot
+
+    def _leave_class(self, slot: int) -> _Stay:
+        stay = self._stays[slot]
+        del self._classes[stay.class_][slot]
+        self._len -= 1
+        self._order_now = math.nan
+        return stay
 
     def _worth(self, class_: int, members: OrderedDict[int, None], now: float) -> float:
         """Of the head of a class: seconds saved per second, relative to the first block's."""

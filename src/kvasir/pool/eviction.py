@@ -41,6 +41,10 @@ class Eviction(Protocol):
         """The block is leased again."""
         ...
 
+    def forget(self, slot: int, now: float) -> None:
+        """The block is gone, for no reason of this policy: it was dropped or its copy is lost."""
+        ...
+
     def victim(self, now: float) -> int | None:
         """Take out the block that goes first; None when there is none."""
         ...
@@ -60,6 +64,9 @@ class Lru:
         self._order[slot] = None
 
     def remove(self, slot: int, now: float) -> None:
+        del self._order[slot]
+
+    def forget(self, slot: int, now: float) -> None:
         del self._order[slot]
 
     def victim(self, now: float) -> int | None:

@@ -70,6 +70,10 @@ class Lfu:
     def remove(self, slot: int, now: float) -> None:
         self._ranked.remove(slot)
 
+    def forget(self, slot: int, now: float) -> None:
+        self._ranked.remove(slot)
+        del self._known[slot], self._total[slot]
+
     def victim(self, now: float) -> int | None:
         slot = self._ranked.pop()
         if slot is not None:
@@ -93,6 +97,9 @@ class LengthAware:
         self._ranked.put(slot, (block.uses, -block.depth))
 
     def remove(self, slot: int, now: float) -> None:
+        self._ranked.remove(slot)
+
+    def forget(self, slot: int, now: float) -> None:
         self._ranked.remove(slot)
 
     def victim(self, now: float) -> int | None:

@@ -36,12 +36,15 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Reads from `ssd_slots` into `slots` that an owner asked for, for a lease; both may be gone before the reads are over."""
+    """Slots being filled for a lease, as its owner asked; both may be gone before it is over.
+
+    The bytes come from `ssd_slots`, each into its own slot, or from another node when that is None.
+    """
 
     owner: Owner
     lease: Lease
     slots: tuple[int, ...]
-    ssd_slots: tuple[int, ...]
+    ssd_slots: tuple[int, ...] | None = None
 
 
 def ledger_problems(
@@ -60,7 +63,7 @@ def ledger_problems(
 def _misplaced_slots(
     slots: SlotTable, owners: Mapping[str, Owner], leases: Mapping[str, Lease], loads: Mapping[str, Load]
 ) -> Iterator[str]:
-    """Each slot is exactly one of free, reserved by a living owner, private to a lease, published, loading, written out."""
+    """Each slot is exactly one of free, reserved by a living owner, private to a lease, published, filled, written out."""
     places = Counter(slots.free)
     places.update(slots.index.values())
     places.update(slots.gone)

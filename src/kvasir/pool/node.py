@@ -4,8 +4,9 @@
                           │  └─OfferLease─▶ private ──PutEnd──▶ published
                           └──PutRevoke, owner died──▶ free
 
-With an SSD (pool/ssd.py), also: free ──LoadStart──▶ loading ──LoadDone──▶ reserved, and a published slot that is evicted while
-a Spill reads it is free only at its SpillDone.
+Blocks of another node: free ──FetchStart──▶ fetching ──FetchDone──▶ reserved. With an SSD (pool/ssd.py), likewise:
+free ──LoadStart──▶ loading ──LoadDone──▶ reserved, and a published slot that is evicted while a Spill reads it is free only
+at its SpillDone.
 
 Everything is validated before anything is changed, so a Refused event leaves no trace. Blocks are released deepest first, and
 a lease pins every published block of its sequence, so an evictor that honours the order never strands a suffix.
@@ -24,6 +25,11 @@ from kvasir.core.errors import InvariantError
 from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import (
     AdoptLease,
+    Clear,
+    DropBlocks,
+    FetchDone,
+    Fetching,
+    FetchStart,
     KeyedSlot,
     LeaseBlocks,
     Leased,
@@ -73,6 +79,8 @@ class Counters:
     evictions: int = 0
     duplicates: int = 0
     expired_offers: int = 0
+    fetched: int = 0
+    failed_fetches: int = 0
     refusals: int = 0
 
 
@@ -102,7 +110,7 @@ class PoolNode:
         self._counters = Counters()
 
     def handle(self, event: PoolEvent, now: float) -> list[PoolAnswer]:
-        """Answers to the owner that asked, Stored and Removed to whoever keeps a directory, Spill and Loading to the body."""
+        """Answers to the owner that asked, Stored and Removed to whoever keeps a directory, the rest to the body."""
         self._story.append((now, event))
         answers = self._answer(event, now)
         return answers if self._ssd is None else answers + self._spill(self._ssd, now)
@@ -125,6 +133,8 @@ class PoolNode:
                 return self._end_spill(event, now)
             case LoadDone():
                 return self._end_load(event, now)
+            case FetchDone():
+                return self._end_fetch(event)
             case SsdFound():
                 return self._find(event, now)
             case OwnerJoined(owner=name, epoch=epoch):
@@ -159,6 +169,9 @@ class PoolNode:
             evictions=counters.evictions,
             duplicates=counters.duplicates,
             expired_offers=counters.expired_offers,
+            fetching=sum(len(load.slots) for load in self._loads.values() if load.ssd_slots is None),
+            fetched=counters.fetched,
+            failed_fetches=counters.failed_fetches,
             refusals=counters.refusals,
         )
         return stats if self._ssd is None else self._with_ssd(stats, self._ssd)
@@ -168,7 +181,7 @@ class PoolNode:
         problems = [*self._slots.problems()]
         problems += ledger_problems(self._slots, self._owners, self._leases, self._offers, self._loads)
         if self._ssd is not None:
-            problems += self._ssd.problems(load.ssd_slots for load in self._loads.values())
+            problems += self._ssd.problems(load.ssd_slots for load in self._loads.values() if load.ssd_slots is not None)
         if problems:
             story = "".join(f"\n  {now:.6f} {_line(event)}" for now, event in self._story)
             raise InvariantError(f"{'; '.join(problems)}. What happened last:{story}")
@@ -335,41 +348,84 @@ class PoolNode:
         self._slots.give_back(lease.private)
         self._slots.unpin(lease.pinned, now)
 
-    # --- the SSD -----------------------------------------------------------------------------------------------
+    # --- loads and fetches -------------------------------------------------------------------------------------
 
     def _start_load(self, owner: Owner, event: LoadStart, now: float) -> list[PoolAnswer]:
-        lease = self._held(owner, event.lease)
-        if lease is None:
+        if refusal := self._refuse_load(owner, event):
+            return refusal
+        found = self._ssd.prefix(event.keys) if self._ssd is not None else []
+        slots, removed = self._take(len(found), now)
+        ssd_slots = tuple(found[: len(slots)])
+        if self._ssd is not None and slots:
+            self._ssd.pin(ssd_slots, now)
+            self._loads[event.lease] = Load(owner, self._leases[event.lease], slots, ssd_slots)
+        return [*removed, Loading(event.lease, slots, ssd_slots)]
+
+    def _start_fetch(self, owner: Owner, event: FetchStart, now: float) -> list[PoolAnswer]:
+        if refusal := self._refuse_load(owner, event):
+            return refusal
+        slots, removed = self._take(event.count, now)
+        if slots:
+            self._loads[event.lease] = Load(owner, self._leases[event.lease], slots)
+        return [*removed, Fetching(event.lease, slots)]
+
+    def _refuse_load(self, owner: Owner, event: LoadStart | FetchStart) -> list[PoolAnswer]:
+        """Why nothing can be loaded or fetched for the lease; empty when it can."""
+        if self._held(owner, event.lease) is None:
             return self._refuse("unknown_lease", f"{event.owner} does not hold lease {event.lease!r}")
         if event.lease in self._loads:
-            return self._refuse("loading", f"a load for lease {event.lease!r} is under way")
-        ssd_slots = self._ssd.prefix(event.keys) if self._ssd is not None else []
-        if self._ssd is None or not ssd_slots:
-            return [Loading(event.lease, (), ())]
-        slots, removed = self._take(len(ssd_slots), now)
-        if slots:
-            load = self._loads[event.lease] = Load(owner, lease, slots, tuple(ssd_slots[: len(slots)]))
-            self._ssd.pin(load.ssd_slots, now)
-        return [*removed, Loading(event.lease, slots, tuple(ssd_slots[: len(slots)]))]
+            return self._refuse("loading", f"a load or fetch for lease {event.lease!r} is under way")
+        return []
 
     def _end_load(self, event: LoadDone, now: float) -> list[PoolAnswer]:
         load = self._loads.get(event.lease)
-        if load is None or self._ssd is None:
+        if load is None or load.ssd_slots is None or self._ssd is None:
             return self._refuse("unknown_lease", f"no load for lease {event.lease!r} is under way")
         failed = frozenset(event.failed)
         if bad := sorted(failed.difference(load.ssd_slots)):
             return self._refuse("bad_slot", f"ssd slots {bad} are not read for lease {event.lease!r}")
-        del self._loads[event.lease]
         lost = self._ssd.unpin(load.ssd_slots, failed, now)
         answers: list[PoolAnswer] = [Removed(lost, "failed", Tier.SSD)] if lost else []
         num_good = next((i for i, ssd_slot in enumerate(load.ssd_slots) if ssd_slot in failed), len(load.slots))
         self._ssd.counters.loaded += num_good
-        if self._held(load.owner, event.lease) is not load.lease:
+        return answers + self._deliver(event.lease, load, num_good)
+
+    def _end_fetch(self, event: FetchDone) -> list[PoolAnswer]:
+        load = self._loads.get(event.lease)
+        if load is None or load.ssd_slots is not None:
+            return self._refuse("unknown_lease", f"no fetch for lease {event.lease!r} is under way")
+        if not 0 <= event.num_good <= len(load.slots):
+            return self._refuse("bad_slot", f"{event.num_good} of {len(load.slots)} slots fetched for lease {event.lease!r}?")
+        self._counters.fetched += event.num_good
+        self._counters.failed_fetches += len(load.slots) - event.num_good
+        return self._deliver(event.lease, load, event.num_good)
+
+    def _deliver(self, lease_id: str, load: Load, num_good: int) -> list[PoolAnswer]:
+        """The slots go to the owner that asked, as far as they are filled and it still holds the lease."""
+        del self._loads[lease_id]
+        if self._held(load.owner, lease_id) is not load.lease:
             self._slots.give_back(load.slots)
-            return answers
+            return []
         self._slots.give_back(load.slots[num_good:])
         load.owner.reserved.update(load.slots[:num_good])
-        return [*answers, Loaded(event.lease, load.slots[:num_good])]
+        return [Loaded(lease_id, load.slots[:num_good])]
+
+    # --- forgetting --------------------------------------------------------------------------------------------
+
+    def _drop(self, owner: Owner, event: DropBlocks, now: float) -> list[PoolAnswer]:
+        return self._forget(event.keys, now)
+
+    def _clear(self, owner: Owner, event: Clear, now: float) -> list[PoolAnswer]:
+        return self._forget([*self._slots.index, *(self._ssd.keys() if self._ssd is not None else ())], now)
+
+    def _forget(self, keys: Sequence[BlockKey], now: float) -> list[PoolAnswer]:
+        unleased = [key for key in keys if not self._slots.is_pinned(key)]
+        on_ssd = self._ssd.forget(unleased, now) if self._ssd is not None else []
+        in_dram = self._slots.forget(unleased, now)
+        gone = ((in_dram, Tier.DRAM), (on_ssd, Tier.SSD))
+        return [Removed(tuple(keys), "cleared", tier) for keys, tier in gone if keys]
+
+    # --- the SSD -----------------------------------------------------------------------------------------------
 
     def _end_spill(self, event: SpillDone, now: float) -> list[PoolAnswer]:
         if self._ssd is None or event.ssd_slot not in self._ssd.writes:
@@ -403,7 +459,7 @@ class PoolNode:
             writing=len(ssd.writes),
             spilling=len(self._slots.gone),
             spills_waiting=len(ssd.waiting),
-            loading=sum(len(load.slots) for load in self._loads.values()),
+            loading=sum(len(load.slots) for load in self._loads.values() if load.ssd_slots is not None),
             spilled=counters.spilled,
             failed_spills=counters.failed_spills,
             dropped=counters.dropped,
@@ -432,6 +488,9 @@ _OF_OWNERS: dict[type[PoolEvent], Callable[[PoolNode, Owner, Any, float], list[P
     PutRevoke: PoolNode._revoke,
     LeaseBlocks: PoolNode._lease,
     LoadStart: PoolNode._start_load,
+    FetchStart: PoolNode._start_fetch,
+    DropBlocks: PoolNode._drop,
+    Clear: PoolNode._clear,
     ReleaseLease: PoolNode._release,
     OfferLease: PoolNode._offer,
     AdoptLease: PoolNode._adopt,

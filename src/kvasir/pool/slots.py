@@ -101,6 +101,23 @@ class SlotTable:
             if not pins[slot]:
                 add(slot, block, now)
 
+    def forget(self, keys: Iterable[BlockKey], now: float) -> list[BlockKey]:
+        """Free the slots of those of `keys` that are published and not pinned; which they were."""
+        gone = []
+        for key in keys:
+            slot = self.index.get(key)
+            if slot is None or self.pins[slot]:
+                continue
+            self._idle.forget(slot, now)
+            self._unpublish(slot)
+            gone.append(key)
+        return gone
+
+    def is_pinned(self, key: BlockKey) -> bool:
+        """Whether the block is published and leased."""
+        slot = self.index.get(key)
+        return slot is not None and self.pins[slot] > 0
+
     def problems(self) -> Iterator[str]:
         """Each broken invariant, in words."""
         published = {slot: block.key for slot, block in enumerate(self._blocks) if block is not None}
@@ -118,6 +135,12 @@ class SlotTable:
             self._idle.remove(slot, now)
         self.pins[slot] += 1
         self.block(slot).uses += 1
+
+    def _unpublish(self, slot: int) -> None:
+        del self.index[self.block(slot).key]
+        self._blocks[slot] = None
+        if slot not in self.writing:
+            self.free.append(slot)
 
     def _evict(self, count: int, now: float) -> list[Block]:
         evicted: list[Block] = []

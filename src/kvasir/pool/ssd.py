@@ -119,7 +119,7 @@ class SsdTier:
         del self._writing[block.key]
         if not ok:
             if block.key not in self._dram.index:
-                self._idle.remove(ssd_slot, now)
+                self._idle.forget(ssd_slot, now)
             self._free(ssd_slot)
             return None
         self.counters.spilled += 1
@@ -163,6 +163,31 @@ class SsdTier:
             elif block.key not in self._dram.index:
                 self._idle.add(ssd_slot, block, now)
         return tuple(key for key in gone if key is not None)
+
+    # --- forgetting --------------------------------------------------------------------------------------------
+
+    def forget(self, keys: Iterable[BlockKey], now: float) -> list[BlockKey]:
+        """Neither keep nor write these, except those being read; which of them could be read. DRAM forgets them next."""
+        gone = []
+        for key in keys:
+            self.waiting.pop(key, None)
+            ssd_slot = self._place(key)
+            if ssd_slot is None or self._pins[ssd_slot]:
+                continue
+            if key not in self._dram.index:
+                self._idle.forget(ssd_slot, now)
+            if (write := self.writes.get(ssd_slot)) is not None:
+                write.given_up = True
+                del self._writing[key]
+                continue
+            del self.index[key]
+            self._free(ssd_slot)
+            gone.append(key)
+        return gone
+
+    def keys(self) -> list[BlockKey]:
+        """Of all blocks that can be read or are being written."""
+        return [*self.index, *self._writing]
 
     # --- starting ----------------------------------------------------------------------------------------------
 
