@@ -6,7 +6,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvasir.core.events import InstanceInfo, InstanceLoad
 from kvasir.core.pool_events import PoolStats
-from kvasir.core.request import Role
+from kvasir.core.request import Role, Slo
+from kvasir.core.usage import TenantUsage, TransportStats
 from kvasir.report.timeline import RequestRecord
 from kvasir.telemetry.histogram import Histogram
 from kvasir.telemetry.metrics import Metrics
@@ -23,10 +24,13 @@ class Status:
     instances: list[Instance] = field(default_factory=list)
     pools: dict[str, PoolStats] = field(default_factory=dict)
     counters: dict[str, float] = field(default_factory=dict)
+    transports: dict[str, tuple[TransportStats, ...]] = field(default_factory=dict)
+    tenants: dict[str, tuple[TenantUsage, ...]] = field(default_factory=dict)
 
 
 def metrics_of(status: Status) -> Metrics:
-    return Metrics(model='a "model"\\', block_tokens=16, status=lambda: status)
+    slo = Slo(ttft_s=0.5, tbt_s=0.05)
+    return Metrics(model='a "model"\\', block_tokens=16, status=lambda: status, block_bytes=1000, slo=slo)
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -105,3 +109,56 @@ def test_a_value_on_an_edge_is_within_it() -> None:
         histogram.observe(observed)
     assert histogram.buckets() == [("1.0", 1), ("2.0", 3), ("+Inf", 4)]
     assert histogram.sum == 7.5
+
+
+def test_tiers_have_their_blocks_bytes_hits_and_evictions() -> None:
+    stats = PoolStats(
+        slots=100, published=60, lookups=50, hits=20, ssd_hits=10, ssd_slots=400, ssd_published=300, evictions=7, dropped=2,
+        ssd_evictions=3, failed_loads=1, spilled=9, spills_waiting=4,
+    )  # fmt: skip
+    metrics = metrics_of(Status(pools={"n0": stats}))
+    assert value(metrics, "kvasir_pool_blocks", node="n0", tier="ssd") == 300
+    assert value(metrics, "kvasir_pool_bytes", node="n0", tier="dram") == 60_000
+    assert value(metrics, "kvasir_pool_capacity_bytes", node="n0", tier="ssd") == 400_000
+    assert value(metrics, "kvasir_pool_tier_hits_total", node="n0", tier="ssd") == 10
+    assert value(metrics, "kvasir_pool_misses_total", node="n0") == 20
+    for tier, reason, count in (("dram", "space", 7), ("dram", "unwritten", 2), ("ssd", "space", 3), ("ssd", "failed_read", 1)):
+        assert value(metrics, "kvasir_pool_evicted_blocks_total", node="n0", tier=tier, reason=reason) == count
+    assert value(metrics, "kvasir_pool_spilled_total", node="n0") == 9
+    assert value(metrics, "kvasir_pool_spill_queue_length", node="n0") == 4
+
+
+def test_a_node_without_an_ssd_tells_of_none() -> None:
+    metrics = metrics_of(Status(pools={"n0": PoolStats(slots=100)}))
+    assert ("kvasir_pool_blocks", frozenset({("node", "n0"), ("tier", "ssd")})) not in samples(metrics)
+
+
+def test_every_count_of_a_pool_is_told_once() -> None:
+    exposed = {name for name, _ in samples(metrics_of(Status(pools={"n0": PoolStats(slots=1, ssd_slots=1)})))}
+    gauges = {"slots", "free", "reserved", "private", "published", "leased", "leases", "owners", "ssd_slots", "ssd_free"}
+    gauges |= {"ssd_published", "writing", "spilling", "spills_waiting", "loading", "fetching", "pinned"}
+    counters = set(PoolStats.__struct_fields__) - gauges
+    assert {f"kvasir_pool_{name}_total" for name in counters} <= exposed
+
+
+def test_transports_and_tenants_have_their_own() -> None:
+    transports = (
+        TransportStats("tcp", bytes=10, transfers=4, failures=1, retries=2, seconds=0.5, queued=3),
+        TransportStats("shm"),
+    )
+    tenants = (TenantUsage("a", 5, 10), TenantUsage("b", 6))
+    metrics = metrics_of(Status(transports={"n0": transports}, tenants={"n0": tenants}))
+    for name, count in (("bytes", 10), ("transfers", 4), ("failures", 1), ("retries", 2), ("seconds", 0.5)):
+        assert value(metrics, f"kvasir_transfer_{name}_total", node="n0", transport="tcp") == count
+    assert value(metrics, "kvasir_transfer_queue_length", node="n0", transport="tcp") == 3
+    assert value(metrics, "kvasir_transfer_bytes_total", node="n0", transport="shm") == 0
+    assert value(metrics, "kvasir_tenant_blocks", node="n0", tenant="b") == 6
+    assert value(metrics, "kvasir_tenant_quota_blocks", node="n0", tenant="a") == 10
+    assert ("kvasir_tenant_quota_blocks", frozenset({("node", "n0"), ("tenant", "b")})) not in samples(metrics)
+
+
+def test_effective_requests_are_those_that_met_both_objectives() -> None:
+    metrics = metrics_of(Status())
+    for times in ((0.3, 0.34), (0.6, 0.64), (0.3, 0.4)):
+        metrics.finished(RequestRecord("r", 0.0, 10, output_tokens=2, token_times_s=times), "stop")
+    assert value(metrics, "kvasir_effective_requests_total") == 1

@@ -21,6 +21,7 @@ def make_app() -> typer.Typer:
     from kvasir.cli.replay import replay
     from kvasir.cli.serve import serve
     from kvasir.cli.simulate import simulate
+    from kvasir.cli.top import top
 
     app = typer.Typer(
         help="KVCache-centric, disaggregated LLM serving: prefill and decode pools, one KVCache pool, one scheduler.",
@@ -29,7 +30,7 @@ def make_app() -> typer.Typer:
         rich_markup_mode="markdown",
         pretty_exceptions_enable=False,
     )
-    for command in (serve, replay, simulate, plan, profile, demo):
+    for command in (serve, top, replay, simulate, plan, profile, demo):
         app.command()(command)
     app.add_typer(bench, name="bench")
     app.callback()(_kvasir)

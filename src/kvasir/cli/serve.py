@@ -19,10 +19,13 @@ from kvasir.cli.options import options_of, with_options
 from kvasir.cluster.config import ServeConfig, load_config
 from kvasir.cluster.hub import Clock, Hub, Send
 from kvasir.cluster.joined import JoinedNode
+from kvasir.cluster.kv_events import KvEventPublisher, kv_event_publisher
 from kvasir.cluster.local import LocalCluster, fit_to_pool
 from kvasir.cluster.messages import Progress
 from kvasir.cluster.model import model_spec
+from kvasir.cluster.operator import Operator
 from kvasir.core.errors import ConfigError
+from kvasir.core.events import Event
 from kvasir.core.request import Slo
 from kvasir.core.units import format_size, parse_duration
 from kvasir.costs.fitted import FittedCost
@@ -35,6 +38,9 @@ from kvasir.gateway.tokenizer import Tokenizer
 from kvasir.scheduling.placer import ConductorConfig
 from kvasir.scheduling.recording import ConductorSetup, heard, line_of
 from kvasir.telemetry import logs
+
+Listener = Callable[[Event, float], object]
+"""For `Hub.on_event`."""
 
 READY_DEADLINE_S = 600.0
 DRAIN_S = 5.0
@@ -79,12 +85,22 @@ async def run_server(config: ServeConfig) -> None:
         screen.say(f"--dram {config.dram} limits the context to {spec.max_model_len:,} of {whole.max_model_len:,} tokens")
     costs = load_costs(config.profile, spec)
     tokenizer = Tokenizer.load(spec.path)
-    gateway = GatewayConfig(served_model_name=spec.name, api_keys=tuple(config.api_key))
+    gateway = GatewayConfig(
+        served_model_name=spec.name,
+        api_keys=tuple(config.api_key),
+        admin_keys=tuple(config.admin_key),
+        slo=Slo(parse_duration(config.slo_ttft), parse_duration(config.slo_tbt)),
+    )
+    publisher = kv_event_publisher(config, spec)
     with _recording(config) as log:
-        cluster = LocalCluster(config, spec, costs, _hub_maker(config, spec, costs, log), on_progress=screen.progress)
-        app = make_app(cluster.hub, tokenizer, gateway)
+        make_hub = _hub_maker(config, spec, costs, log, publisher)
+        cluster = LocalCluster(config, spec, costs, make_hub, on_progress=screen.progress)
+        operator = Operator(cluster.hub, cluster.tell, asyncio.get_running_loop().time)
+        app = make_app(cluster.hub, tokenizer, gateway, operator)
         # in this order, so that answers that run may end before the cluster does
-        async with cluster.running(), serve_http(app, config.host, config.port, stop_timeout_s=DRAIN_S) as port:
+        publishing = nullcontext() if publisher is None else publisher.running()
+        serving = serve_http(app, config.host, config.port, stop_timeout_s=DRAIN_S)
+        async with publishing, cluster.running(), serving as port:
             await _first_of(cluster.ready(READY_DEADLINE_S), stop.wait())
             if not stop.is_set():
                 screen.ready(cluster, port)
@@ -108,7 +124,11 @@ async def run_joined(config: ServeConfig) -> None:
 
 
 def _hub_maker(
-    config: ServeConfig, spec: ModelSpec, costs: FittedCost | RooflineCost, log: BinaryIO | None
+    config: ServeConfig,
+    spec: ModelSpec,
+    costs: FittedCost | RooflineCost,
+    log: BinaryIO | None,
+    publisher: KvEventPublisher | None,
 ) -> Callable[[Send, Clock], Hub]:
     setup = ConductorSetup(
         policy=config.policy,
@@ -128,12 +148,25 @@ def _hub_maker(
 
     def make(send: Send, clock: Clock) -> Hub:
         hub = Hub(spec, conductor, send=send, clock=clock, request_timeout_s=parse_duration(config.request_timeout))
+        listeners: list[Listener] = []
         if log is not None:
             log.write(line_of(setup))
-            hub.on_event = lambda event, now: log.write(heard("conductor", event, now))
+            listeners.append(lambda event, now: log.write(heard("conductor", event, now)))
+        if publisher is not None:
+            hub.on_blocks = publisher.learn
+            listeners.append(lambda event, now: publisher.hear(event))
+        hub.on_event = _all_of(listeners)
         return hub
 
     return make
+
+
+def _all_of(listeners: list[Listener]) -> Listener:
+    def tell(event: Event, now: float) -> None:
+        for listener in listeners:
+            listener(event, now)
+
+    return tell
 
 
 def _recording(config: ServeConfig) -> AbstractContextManager[BinaryIO | None]:

@@ -36,6 +36,9 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     host: Annotated[str, _about("Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, _about("Port to listen on.")] = 8000
     api_key: Annotated[list[str], _about("A key that clients must send as `Authorization: Bearer`; may be repeated.")] = []
+    admin_key: Annotated[
+        list[str], _about("A key that opens /admin; without one it is open to this machine alone, and closed with --api-key.")
+    ] = []
     prefill: Annotated[int | None, _about("Number of prefill instances (default 1, or 0 with --mixed).")] = None
     decode: Annotated[int | None, _about("Number of decode instances (default 1, or 0 with --mixed).")] = None
     mixed: Annotated[int, _about("Number of instances that prefill and decode.")] = 0
@@ -81,6 +84,22 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     record: Annotated[
         str | None, _about("Write to this file what the conductor is told, so that its decisions can be replayed; no prompts.")
     ] = None
+    kv_events: Annotated[
+        str | None,
+        _about(
+            "Publish block events in vLLM's format here (tcp://127.0.0.1:5557); off by default. They hold the prompts' token"
+            " ids: for private networks only."
+        ),
+    ] = None
+    kv_events_replay: Annotated[
+        str | None, _about("Repeat block events here to subscribers that missed some (tcp://127.0.0.1:5558).")
+    ] = None
+    kv_events_shape: Annotated[
+        Literal["array", "map"], _about("Block events as arrays, as vLLM wrote them first, or as maps, as later versions do.")
+    ] = "array"
+    kv_events_hashes: Annotated[
+        Literal["int", "bytes"], _about("Block hashes as 64-bit integers, vLLM's default, or as whole keys.")
+    ] = "int"
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _about("debug, info, warning or error.")] = "info"
     log_json: Annotated[bool, _about("Log as JSON lines.")] = False
 
@@ -183,6 +202,13 @@ def _check(config: ServeConfig) -> None:
     require(config.join is None or config.listen_nodes is None, "--join and --listen-nodes exclude each other: join the head")
     if config.eviction is not None:
         choose("eviction", config.eviction, EVICTIONS)
+    require(config.kv_events is None or config.join is None, "--kv-events: the head publishes for all nodes; give it there")
+    require(config.kv_events is not None or config.kv_events_replay is None, "--kv-events-replay needs --kv-events")
+    for name in ("kv_events", "kv_events_replay"):
+        if (address := getattr(config, name)) is not None:
+            flag = name.replace("_", "-")
+            require(address.startswith("tcp://"), f"--{flag} must be tcp://HOST:PORT, got {address!r}")
+            split_address(flag, address.removeprefix("tcp://"))
     for name in ("join", "listen_nodes"):
         if (address := getattr(config, name)) is not None:
             split_address(name.replace("_", "-"), address)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,7 +57,7 @@ from kvasir.core.events import (
     PrefillDone,
     Tick,
 )
-from kvasir.core.keys import BlockKey, block_keys, root_key
+from kvasir.core.keys import BlockKey, block_keys
 from kvasir.core.pool_events import OwnerLost, PoolEvent, PoolStats, ReleaseLease
 from kvasir.core.request import Request, Role
 from kvasir.core.tier import Tier
@@ -80,6 +80,12 @@ Send = Callable[[str, Message | PoolEvent], bool]
 
 Clock = Callable[[], float]
 
+OnBlocks = Callable[[Sequence[BlockKey], Sequence[int], BlockKey | None, str], object]
+
+
+def _nobody_listens(keys: Sequence[BlockKey], tokens: Sequence[int], parent: BlockKey | None, salt: str) -> None:
+    return None
+
 
 @dataclass(slots=True)
 class _Live:
@@ -96,6 +102,7 @@ class _Live:
     cached: int | None = None
     prefilled: bool = False
     node: str = ""  # where it prefills, and its KV waits for whoever decodes
+    tip: bytes | None = None  # key of the last full block of prompt and answer
 
     @property
     def run(self) -> str:
@@ -130,14 +137,21 @@ class Hub:
         self._live: dict[str, _Live] = {}
         self._instances: dict[str, _Instance] = {}
         self._pools: dict[str, PoolStats] = {}
+        self._reports: dict[str, PoolReport] = {}
         self._peers: dict[str, PeerPool] = {}
         self._counters: Counter[str] = Counter()
         self._num_runs = 0
+        self._drawn: Counter[str] = Counter()  # tokens by instance
+        self._computed: Counter[str] = Counter()  # prompt tokens by instance
         self.on_silent: Callable[[str], None] = self.lose_instance
         """What to do about an instance that is silent: whoever started it must end it before its slots are given to others."""
         self.on_event: Callable[[Event, float], object] = lambda event, now: None
         """Hears each event and its time before the Conductor does: a recording of them replays to the same commands."""
         self.on_decision: Callable[[Decision], object] = lambda decision: None
+        self.on_pool: Callable[[str], object] = lambda node: None
+        """Hears of each node whose pool has started."""
+        self.on_blocks: OnBlocks = _nobody_listens
+        """Hears which tokens full blocks stand for: their keys, the tokens, the parent of the first, and the salt."""
         self._log = structlog.get_logger().bind(part="conductor")
 
     # --- the gateway's side: Service ---------------------------------------------------------------------------
@@ -154,15 +168,10 @@ class Hub:
             raise RequestError(f"a prompt of 1 to {limit} tokens and max_tokens of at least 1 are needed")
         if request_id in self._live:
             raise RequestError(f"request id {request_id!r} is in use", status=409, code="duplicate_request_id")
-        root = root_key(
-            model=self._spec.identity,
-            dtype=self._spec.dtype,
-            layout=self._spec.layout,
-            block_tokens=self._spec.block_tokens,
-            salt=submission.salt,
-        )
+        root = self._spec.root_key(submission.salt)
         keys = tuple(block_keys(root, submission.prompt, self._spec.block_tokens))
-        live = _Live(submission, root, keys, now + self._request_timeout_s, asyncio.Queue())
+        self.on_blocks(keys, submission.prompt, None, submission.salt)
+        live = _Live(submission, root, keys, now + self._request_timeout_s, asyncio.Queue(), tip=keys[-1] if keys else None)
         self._live[request_id] = live
         try:
             request = Request(
@@ -201,11 +210,20 @@ class Hub:
     def status(self) -> ClusterStatus:
         now = self._clock()
         instances = tuple(
-            InstanceStatus(i.info, i.load, now - i.seen_s) for _, i in sorted(self._instances.items(), key=lambda kv: kv[0])
+            InstanceStatus(i.info, i.load, now - i.seen_s, self._drawn[name], self._computed[name])
+            for name, i in sorted(self._instances.items(), key=lambda kv: kv[0])
         )
         ready = self._conductor.ready
         reason = "" if ready else "waiting for instances that can prefill and decode"
-        return ClusterStatus(ready, reason, instances, dict(self._pools), dict(self._counters + self._conductor.counters))
+        return ClusterStatus(
+            ready,
+            reason,
+            instances,
+            dict(self._pools),
+            dict(self._counters + self._conductor.counters),
+            {node: report.transports for node, report in self._reports.items()},
+            {node: report.tenants for node, report in self._reports.items()},
+        )
 
     # --- the instances' and pools' side ------------------------------------------------------------------------
 
@@ -215,6 +233,7 @@ class Hub:
             sender.seen_s = self._clock()
         match message:
             case StepOutput(instance=instance, tokens=tokens):
+                self._drawn[instance] += len(tokens)
                 for token in tokens:
                     self._take_token(instance, token)
             case HandedOff(run=run, instance=instance):
@@ -229,6 +248,7 @@ class Hub:
                 self._take_changes(message)
             case PoolReport(node=node, stats=stats):
                 self._pools[node] = stats
+                self._reports[node] = message
             case HelloInstance(info=info):
                 self._instances[info.id] = _Instance(info, InstanceLoad(), self._clock())
                 self._log.info("instance joined", instance=info.id, role=info.role.value, node=info.node)
@@ -236,6 +256,7 @@ class Hub:
             case HelloPool(node=node, num_slots=num_slots, peer=peer_pool):
                 self._pools[node] = PoolStats(slots=num_slots, free=num_slots)
                 self._introduce(node, peer_pool)
+                self.on_pool(node)
             case _:
                 self._log.warning("unexpected message", peer=peer, message=type(message).__name__)
 
@@ -279,6 +300,7 @@ class Hub:
     def lose_node(self, node: str) -> None:
         """The node is gone, with its pool process, its instances, and every block."""
         self._pools.pop(node, None)
+        self._reports.pop(node, None)
         self._introduce(node, None)
         self._apply(NodeLost(node))
         for name in [name for name, instance in self._instances.items() if instance.info.node == node]:
@@ -314,6 +336,8 @@ class Hub:
             return
         request_id = live.submission.request_id
         live.emitted.append(out.token)
+        if (len(live.submission.prompt) + len(live.emitted)) % self._spec.block_tokens == 0:
+            self._tell_block(live)
         first = live.cached is None
         if first:
             live.cached = out.cached or 0
@@ -323,8 +347,7 @@ class Hub:
             del self._live[request_id]
             self._apply(Finished(request_id, instance, out.finish, len(live.emitted)))
         elif live.phase is Phase.BOTH and not live.prefilled:
-            live.prefilled = True
-            self._apply(PrefillDone(request_id, instance, out.cached or 0))
+            self._prefill_done(live, instance)
 
     def _take_report(self, name: str, epoch: int, load: InstanceLoad) -> None:
         """An instance knows the pages in its hand; what else its node's pool could give is added here."""
@@ -341,10 +364,22 @@ class Hub:
         """The prompt's KV is on offer: somebody decodes it, or, when the request is over, nobody will."""
         live = self._current(run)
         if live is not None:
-            live.prefilled = True
-            self._apply(PrefillDone(live.submission.request_id, instance, live.cached or 0))
+            self._prefill_done(live, instance)
         elif instance in self._instances:
             self._send(pool_name(self.node_of(instance)), ReleaseLease(HUB, HUB_EPOCH, run))
+
+    def _prefill_done(self, live: _Live, instance: str) -> None:
+        live.prefilled = True
+        cached = live.cached or 0
+        self._computed[instance] += len(live.submission.prompt) - cached
+        self._apply(PrefillDone(live.submission.request_id, instance, cached))
+
+    def _tell_block(self, live: _Live) -> None:
+        """The answer has filled a block."""
+        size, parent = self._spec.block_tokens, live.tip
+        tokens = (live.submission.prompt[-size:] + live.emitted[-size:])[-size:]
+        (live.tip,) = block_keys(parent or live.root, tokens, size)
+        self.on_blocks((live.tip,), tokens, parent, live.submission.salt)
 
     def _current(self, run: str) -> _Live | None:
         live = self._live.get(run.rpartition("#")[0])

@@ -111,6 +111,10 @@ class LocalCluster:
         except TimeoutError:
             raise ClusterError(f"the cluster was not ready within {deadline_s:g} s: {self.hub.status().reason}") from None
 
+    def tell(self, peer: str, message: Message) -> bool:
+        """Deliver a message to a process of the cluster, and say whether it could be."""
+        return self._listener.send(peer, message)
+
     async def wait_failed(self) -> None:
         """Wait for as long as the cluster can go on; then raise ClusterError."""
         raise ClusterError(await asyncio.shield(self._failed))

@@ -10,6 +10,7 @@ from kvasir.core.events import InstanceInfo, InstanceLoad
 from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import PoolStats
 from kvasir.core.request import FinishReason, Sampling
+from kvasir.core.usage import TenantUsage, TransportStats
 from kvasir.engine.interface import ModelSpec
 from kvasir.store.messenger.transport import PeerArena
 
@@ -160,6 +161,8 @@ class BlocksChanged(Message, frozen=True):
 class PoolReport(Message, frozen=True):
     node: str
     stats: PoolStats
+    transports: tuple[TransportStats, ...] = ()
+    tenants: tuple[TenantUsage, ...] = ()
 
 
 class Progress(Message, frozen=True):

@@ -6,11 +6,12 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kvasir.core.commands import Fail, Reject
+from kvasir.core.commands import Decision, Fail, Reject
 from kvasir.core.errors import ClusterError
 from kvasir.core.events import InstanceInfo, InstanceLoad
 from kvasir.core.pool_events import PoolStats
 from kvasir.core.request import FinishReason, Sampling
+from kvasir.core.usage import TenantUsage, TransportStats
 from kvasir.engine.interface import ModelSpec, SampledToken
 
 
@@ -59,6 +60,10 @@ class InstanceStatus:
     info: InstanceInfo
     load: InstanceLoad
     heartbeat_age_s: float
+    output_tokens: int = 0
+    """Tokens drawn since the start."""
+    prompt_tokens: int = 0
+    """Prompt tokens computed since the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,54 @@ class ClusterStatus:
     instances: tuple[InstanceStatus, ...]
     pools: dict[str, PoolStats]
     counters: dict[str, float] = field(default_factory=dict)
+    transports: dict[str, tuple[TransportStats, ...]] = field(default_factory=dict)
+    tenants: dict[str, tuple[TenantUsage, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TimedDecision:
+    """A decision of the conductor, `age_s` ago."""
+
+    decision: Decision
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PinStatus:
+    """A prefix that is kept from eviction for another `ttl_s`: the `num_blocks` full blocks of a prompt of `num_tokens`."""
+
+    id: str
+    num_tokens: int
+    num_blocks: int
+    ttl_s: float
+    priority: int
+    tenant: str
+
+
+class Admin(Protocol):
+    """A cluster as its operator sees it. What tells pools raises ClusterError when one cannot be reached."""
+
+    def decisions(self, limit: int) -> list[TimedDecision]:
+        """The latest decisions, the newest first."""
+        ...
+
+    def clear_cache(self) -> list[str]:
+        """Forget every block that no request holds; the nodes that were told to."""
+        ...
+
+    def pins(self) -> list[PinStatus]: ...
+
+    def pin(self, prompt: list[int], *, salt: str, tenant: str, ttl_s: float, priority: int) -> PinStatus:
+        """Keep the prompt's blocks, on every node that has them. Raises RequestError."""
+        ...
+
+    def unpin(self, pin_id: str) -> PinStatus:
+        """Raises RequestError 404."""
+        ...
+
+    def set_quota(self, tenant: str, blocks: int | None) -> list[str]:
+        """How many blocks the tenant may have in each node's DRAM; None lifts the quota. The nodes that were told."""
+        ...
 
 
 class Service(Protocol):

@@ -106,7 +106,7 @@ class ZmqListener(Generic[In, Out]):
     """A listener over a ZeroMQ ROUTER. A peer that comes back under its name takes the name over from its dead self."""
 
     def __init__(self, address: str, decoder: msgspec.msgpack.Decoder[In], *, high_water_mark: int = HIGH_WATER_MARK):
-        self._frames = _Frames(zmq.ROUTER, high_water_mark)
+        self._frames = Frames(zmq.ROUTER, high_water_mark)
         self._frames.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._frames.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._decoder = decoder
@@ -145,7 +145,7 @@ class ZmqChannel(Generic[In, Out]):
     def __init__(
         self, address: str, name: str, decoder: msgspec.msgpack.Decoder[In], *, high_water_mark: int = HIGH_WATER_MARK
     ):
-        self._frames = _Frames(zmq.DEALER, high_water_mark)
+        self._frames = Frames(zmq.DEALER, high_water_mark)
         self._frames.socket.setsockopt(zmq.IDENTITY, name.encode())
         self._frames.socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self._frames.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
@@ -170,7 +170,7 @@ class ZmqChannel(Generic[In, Out]):
         self._frames.close()
 
 
-class _Frames:
+class Frames:
     """Non-blocking frames over a ZeroMQ socket on the running event loop.
 
     ZeroMQ's file descriptor is edge-triggered and any call can swallow the edge, so whoever touches the socket looks at its

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
+from kvasir.core.keys import BlockKey, root_key
 from kvasir.core.request import Sampling
 from kvasir.costs.shape import ModelShape
 
@@ -45,6 +46,10 @@ class ModelSpec(Struct, frozen=True):
     def slot_bytes(self) -> int:
         """Bytes of one block's KV in all layers."""
         return self.block_tokens * self.shape.kv_bytes_per_token
+
+    def root_key(self, salt: str) -> BlockKey:
+        """The parent of the first block of a prompt: what KV depends on beside the tokens."""
+        return root_key(model=self.identity, dtype=self.dtype, layout=self.layout, block_tokens=self.block_tokens, salt=salt)
 
 
 @dataclass(frozen=True, slots=True)

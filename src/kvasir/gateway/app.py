@@ -10,8 +10,10 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from kvasir.cluster.service import Service
-from kvasir.gateway.auth import Keys
+from kvasir.cluster.service import Admin, Service
+from kvasir.gateway.admin import BODIES as ADMIN_BODIES
+from kvasir.gateway.admin import admin_routes
+from kvasir.gateway.auth import AdminGate, Keys
 from kvasir.gateway.config import GatewayConfig
 from kvasir.gateway.desk import Desk
 from kvasir.gateway.door import Door
@@ -21,17 +23,25 @@ from kvasir.gateway.tokenizer import Tokenizer
 from kvasir.telemetry.metrics import Metrics
 
 
-def make_app(service: Service, tokenizer: Tokenizer, config: GatewayConfig) -> FastAPI:
-    """The ASGI application that answers for `service`. Serve it with `serve_http`."""
+def make_app(service: Service, tokenizer: Tokenizer, config: GatewayConfig, admin: Admin | None = None) -> FastAPI:
+    """The ASGI application that answers for `service`, and to its operator by `admin`. Serve it with `serve_http`."""
     metrics = Metrics(
-        model=config.served_model_name or service.spec.name, block_tokens=service.spec.block_tokens, status=service.status
+        model=config.served_model_name or service.spec.name,
+        block_tokens=service.spec.block_tokens,
+        status=service.status,
+        block_bytes=service.spec.slot_bytes,
+        slo=config.slo,
     )
     desk = Desk(service, tokenizer, config, metrics)
     app = _DocumentedApp(title="Kvasir", summary="KVCache-centric, disaggregated LLM serving", redirect_slashes=False)
-    app.add_middleware(Door, keys=Keys(config.api_keys))
+    keys = Keys(config.api_keys)
+    gate = AdminGate(Keys(config.admin_keys, "admin key"), has_api_keys=bool(keys))
+    app.add_middleware(Door, keys=keys, gate=gate)
     app.add_exception_handler(HTTPException, _refuse_route)
     for router in (openai_routes(desk), tokenizer_routes(desk), operator_routes(desk)):
         app.include_router(router)
+    if admin is not None:
+        app.include_router(admin_routes(desk, admin))
     return app
 
 
@@ -42,7 +52,7 @@ class _DocumentedApp(FastAPI):
         if self.openapi_schema is None:
             schema = get_openapi(title=self.title, version=self.version, summary=self.summary, routes=self.routes)
             _, bodies = models_json_schema(
-                [(body, "validation") for body in BODIES], ref_template="#/components/schemas/{model}"
+                [(body, "validation") for body in (*BODIES, *ADMIN_BODIES)], ref_template="#/components/schemas/{model}"
             )
             schema.setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
             self.openapi_schema = schema

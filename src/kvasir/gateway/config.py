@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvasir.core.errors import ConfigError
+from kvasir.core.request import Slo
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +16,10 @@ class GatewayConfig:
     """The name that clients give in `model`; the checkpoint's own name when unset."""
     api_keys: tuple[str, ...] = ()
     """Accepted `Authorization: Bearer` keys; each is a tenant of its own. None configured: the API is open."""
+    admin_keys: tuple[str, ...] = ()
+    """Keys that open /admin. None configured: it is open to this machine alone, and closed when there are API keys."""
+    slo: Slo = field(default_factory=Slo)
+    """By which answers count as effective."""
     max_body_bytes: int = 4 * 2**20
     """Longest request body; half a million tokens of text fit."""
     max_choices: int = 128
@@ -31,8 +36,10 @@ class GatewayConfig:
     """How long running answers may go on after the server was told to stop."""
 
     def __post_init__(self) -> None:
-        if any(not key or not key.isascii() or key != key.strip() for key in self.api_keys):
-            raise ConfigError("an API key is empty, has spaces around it or is not ASCII; give printable keys")
+        if any(not key or not key.isascii() or key != key.strip() for key in self.api_keys + self.admin_keys):
+            raise ConfigError("an API key or admin key is empty, has spaces around it or is not ASCII; give printable keys")
+        if set(self.api_keys) & set(self.admin_keys):
+            raise ConfigError("an admin key is an API key too; clients would be operators, so give another")
         if min(self.max_body_bytes, self.max_choices, self.tokenizer_threads, self.max_tokenizing) < 1:
             raise ConfigError("max_body_bytes, max_choices, tokenizer_threads and max_tokenizing must be at least 1")
         if not (self.send_timeout_s > 0 and self.stop_timeout_s >= 0):

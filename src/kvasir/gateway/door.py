@@ -12,12 +12,15 @@ from uuid import uuid4
 import structlog
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kvasir.gateway.auth import Keys
+from kvasir.gateway.auth import AdminGate, Keys
 from kvasir.gateway.errors import ClientGone, reply_to
 from kvasir.gateway.exchange import Exchange
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/docs", "/redoc", "/openapi.json"})
 """No API key is asked for here: probes and scrapers have none."""
+
+ADMIN = "/admin"
+"""Beneath it operators' endpoints lie, with a lock of their own."""
 
 _CLIENT_GONE = 499
 """nginx's status for a client that closed its connection; only our log sees it."""
@@ -32,9 +35,10 @@ class CutShort(Exception):
 class Door:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp, *, keys: Keys):
+    def __init__(self, app: ASGIApp, *, keys: Keys, gate: AdminGate):
         self._app = app
         self._keys = keys
+        self._gate = gate
         self._log = structlog.get_logger("kvasir.gateway")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,9 +50,7 @@ class Door:
         exchange.enter(scope)
         signed = _signed(send, exchange)
         try:
-            if scope["path"] not in OPEN_PATHS:
-                authorization = headers.get(b"authorization")
-                exchange.caller = self._keys.caller(authorization.decode("latin-1") if authorization is not None else None)
+            self._admit(scope, headers, exchange)
             await self._app(scope, receive, signed)
         except ClientGone:
             exchange.status, exchange.code = _CLIENT_GONE, "client_gone"
@@ -56,6 +58,20 @@ class Door:
             await self._refuse(error, exchange, signed)
         finally:
             self._note(scope, exchange)
+
+    def _admit(self, scope: Scope, headers: dict[bytes, bytes], exchange: Exchange) -> None:
+        """Raises RequestError for whoever may not call this path."""
+        path, client = scope["path"], scope.get("client")
+        texts = {name: value.decode("latin-1") for name, value in headers.items()}
+        if path == ADMIN or path.startswith(f"{ADMIN}/"):
+            self._gate.check(
+                authorization=texts.get(b"authorization"),
+                client=client[0] if client else None,
+                host=texts.get(b"host"),
+                is_from_a_page=b"origin" in texts,
+            )
+        elif path not in OPEN_PATHS:
+            exchange.caller = self._keys.caller(texts.get(b"authorization"))
 
     async def _refuse(self, error: Exception, exchange: Exchange, send: Send) -> None:
         reply = reply_to(error)

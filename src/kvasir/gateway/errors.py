@@ -15,7 +15,13 @@ from kvasir.core.errors import ClusterError, DeadlineExceeded, RequestError
 
 Json = dict[str, object]
 
-_TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error", 500: "server_error"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+    500: "server_error",
+}
 
 
 class ClientGone(Exception):

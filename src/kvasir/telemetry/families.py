@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-from msgspec.structs import asdict
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from kvasir.core.events import InstanceInfo, InstanceLoad
 from kvasir.core.pool_events import PoolStats
+from kvasir.core.usage import TenantUsage, TransportStats
 from kvasir.telemetry.histogram import Histogram
+from kvasir.telemetry.pool_families import pool_families, tenant_families, transfer_families, used_slots
 
 
 class InstanceView(Protocol):
@@ -36,6 +37,10 @@ class StatusView(Protocol):
     def pools(self) -> Mapping[str, PoolStats]: ...
     @property
     def counters(self) -> Mapping[str, float]: ...
+    @property
+    def transports(self) -> Mapping[str, Sequence[TransportStats]]: ...
+    @property
+    def tenants(self) -> Mapping[str, Sequence[TenantUsage]]: ...
 
 
 class Counts(Protocol):
@@ -47,6 +52,7 @@ class Counts(Protocol):
     e2e_s: Histogram
     successes: Counter[str]
     rejections: Counter[str]
+    effective: int
     prompt_tokens: int
     generation_tokens: int
     prefix_query_tokens: int
@@ -56,10 +62,13 @@ class Counts(Protocol):
 class Families(Collector):
     """Makes the families anew at each scrape."""
 
-    def __init__(self, counts: Counts, *, model: str, block_tokens: int, status: Callable[[], StatusView]):
+    def __init__(
+        self, counts: Counts, *, model: str, block_tokens: int, status: Callable[[], StatusView], block_bytes: int = 0
+    ):
         self._counts = counts
         self._model = model
         self._block_tokens = block_tokens
+        self._block_bytes = block_bytes
         self._status = status
 
     def collect(self) -> Iterator[Metric]:
@@ -71,7 +80,12 @@ class Families(Collector):
         yield self._labelled("vllm:request_success", "Requests answered in full", "finished_reason", self._counts.successes)
         yield self._labelled("kvasir_requests_rejected", "Requests rejected by admission", "code", self._counts.rejections)
         yield from _instances(status.instances)
-        yield from _pools(status.pools)
+        yield self._counter(
+            "kvasir_effective_requests", "Requests that met both their TTFT and their TBT", self._counts.effective
+        )
+        yield from pool_families(status.pools, self._block_bytes)
+        yield from transfer_families(status.transports)
+        yield from tenant_families(status.tenants)
         for name, value in sorted(status.counters.items()):
             yield CounterMetricFamily(f"kvasir_cluster_{name}", f"Conductor's count of {name.replace('_', ' ')}", value)
         yield from self._vllm_gauges(status)
@@ -100,7 +114,7 @@ class Families(Collector):
         """Sums over the cluster: to a router in front, a whole Kvasir is one server."""
         loads = [instance.load for instance in status.instances]
         pools = list(status.pools.values())
-        usage = sum(_used(pool) for pool in pools) / max(1, sum(pool.slots for pool in pools))
+        usage = sum(used_slots(pool) for pool in pools) / max(1, sum(pool.slots for pool in pools))
         yield self._gauge("vllm:num_requests_running", "Requests running", sum(load.running for load in loads))
         yield self._gauge("vllm:num_requests_waiting", "Requests waiting", sum(load.waiting for load in loads))
         yield self._gauge("vllm:kv_cache_usage_perc", "Share of KVCache slots in use", usage)
@@ -143,36 +157,3 @@ def _instances(instances: Sequence[InstanceView]) -> Iterator[Metric]:
         waiting.add_metric(values, instance.load.waiting)
         context.add_metric(values, instance.load.context_tokens)
     yield from (running, waiting, context)
-
-
-_POOL_STATES = ("free", "reserved", "private", "published", "leased")
-_POOL_COUNTERS = ("lookups", "hits", "evictions", "duplicates", "expired_offers", "refusals", "broken_invariants")
-
-
-def _pools(pools: Mapping[str, PoolStats]) -> Iterator[Metric]:
-    usage = GaugeMetricFamily(
-        "kvasir_kv_cache_usage_perc", "Share of the node's slots that requests hold (0 to 1)", labels=["node"]
-    )
-    slots = GaugeMetricFamily("kvasir_pool_slots", "Slots of the node's arena", labels=["node", "state"])
-    leases = GaugeMetricFamily("kvasir_pool_leases", "Open leases", labels=["node"])
-    counters = [
-        CounterMetricFamily(f"kvasir_pool_{name}", f"Pool {name.replace('_', ' ')}", labels=["node"]) for name in _POOL_COUNTERS
-    ]
-    for node, stats in sorted(pools.items()):
-        values = _numbers(stats)
-        usage.add_metric([node], _used(stats) / max(1, stats.slots))
-        leases.add_metric([node], stats.leases)
-        for state in _POOL_STATES:
-            slots.add_metric([node, state], values[state])
-        for name, family in zip(_POOL_COUNTERS, counters, strict=True):
-            family.add_metric([node], values[name])
-    yield from (usage, slots, leases, *counters)
-
-
-def _numbers(stats: PoolStats) -> dict[str, int]:
-    return {name: int(value) for name, value in asdict(stats).items()}
-
-
-def _used(stats: PoolStats) -> int:
-    """Slots that cannot be had by evicting: what requests read, fill or keep to themselves."""
-    return stats.reserved + stats.private + stats.leased

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
+from kvasir.core.request import Slo
+from kvasir.report.slo import is_effective
 from kvasir.report.timeline import RequestRecord
 from kvasir.telemetry.families import Families, StatusView
 from kvasir.telemetry.histogram import Histogram
@@ -20,11 +22,28 @@ _E2E_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120
 """vLLM's edges, so that boards compare, with finer ones below where a small model needs them."""
 
 
+RECENT = 1000
+"""Requests whose latencies are kept for percentiles."""
+
+
 class Metrics:
     """The numbers of one gateway, in a registry of their own. Written from one thread."""
 
-    def __init__(self, *, model: str, block_tokens: int, status: Callable[[], StatusView]):
-        """`status` is asked for the cluster's state at each scrape."""
+    def __init__(
+        self,
+        *,
+        model: str,
+        block_tokens: int,
+        status: Callable[[], StatusView],
+        block_bytes: int = 0,
+        slo: Slo | None = None,
+    ):
+        """`status` is asked for the cluster's state at each scrape; `slo` says which requests are effective."""
+        self.slo = slo or Slo()
+        self.effective = 0
+        self.recent_ttft_s: deque[float] = deque(maxlen=RECENT)
+        """Of the last requests that got their whole answer."""
+        self.recent_tbt_s: deque[float] = deque(maxlen=RECENT)
         self.ttft_s = Histogram(_TTFT_S)
         self.itl_s = Histogram(_ITL_S)
         self.tpot_s = Histogram(_ITL_S)
@@ -36,7 +55,8 @@ class Metrics:
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(Families(self, model=model, block_tokens=block_tokens, status=status))
+        families = Families(self, model=model, block_tokens=block_tokens, status=status, block_bytes=block_bytes)
+        self._registry.register(families)
 
     def rejected(self, code: str) -> None:
         self.rejections[code] += 1
@@ -59,6 +79,11 @@ class Metrics:
     def finished(self, record: RequestRecord, finish: str) -> None:
         """A request got its whole answer."""
         self.successes[finish] += 1
+        self.effective += is_effective(record, self.slo)
+        if record.ttft_s is not None:
+            self.recent_ttft_s.append(record.ttft_s)
+        if record.tbt_s is not None:
+            self.recent_tbt_s.append(record.tbt_s)
         if record.e2e_s is not None:
             self.e2e_s.observe(record.e2e_s)
         if record.tpot_s is not None:
