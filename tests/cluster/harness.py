@@ -29,6 +29,7 @@ from kvasir.core.errors import ClusterError
 from kvasir.core.events import Event, InstanceInfo
 from kvasir.core.pool_events import PoolEvent
 from kvasir.core.request import Role, Sampling, Slo
+from kvasir.core.usage import TransportStats
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
 from kvasir.costs.shape import ModelShape
 from kvasir.engine.fake import FakeEngine
@@ -157,6 +158,9 @@ class _Reader:
         on_layer: Callable[[int], None] | None = None,
     ) -> None:
         await self.mover.read(peer, self.node, pairs, within_s, priority, on_layer)
+
+    def stats(self) -> tuple[TransportStats, ...]:
+        return ()
 
 
 async def _no_fault(priority: int) -> None:

@@ -217,7 +217,9 @@ class PoolBody:
     async def _report(self) -> None:
         since_check = 0.0
         while True:
-            self._hub.send(PoolReport(self._node, replace(self._host.node.stats(), broken_invariants=self.broken_invariants)))
+            stats = replace(self._host.node.stats(), broken_invariants=self.broken_invariants)
+            transports = self._mover.stats() if self._mover is not None else ()
+            self._hub.send(PoolReport(self._node, stats, transports))
             await asyncio.sleep(REPORT_S)
             since_check += REPORT_S
             if since_check >= CHECK_S:
