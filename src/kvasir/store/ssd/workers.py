@@ -31,8 +31,6 @@ SPARE_THREADS = 1
 SWEEP_S = 0.05
 """Late requests are told so within this time."""
 
-_LOG = structlog.get_logger().bind(part="ssd")
-
 
 @dataclass(frozen=True, slots=True)
 class SsdQueues:
@@ -84,6 +82,7 @@ class SsdWorkers:
     def __init__(self, file: SsdFile, queues: SsdQueues | None = None):
         self._file = file
         self._queues = queues = queues if queues is not None else SsdQueues()
+        self._log = structlog.get_logger().bind(part="ssd")
         self._loop = asyncio.get_running_loop()
         self._reads: Lane[SsdRead] = Lane(queues.max_reads, file.read_many)
         self._writes: Lane[SsdWrite] = Lane(queues.max_writes, file.write_many)
@@ -179,7 +178,7 @@ class SsdWorkers:
                 await self._ended.wait()
         except TimeoutError:
             self._drop_all()
-            _LOG.warning("SSD operations do not end", in_flight=len(self._began), waited_s=timeout_s)
+            self._log.warning("SSD operations do not end", in_flight=len(self._began), waited_s=timeout_s)
             return False
         return True
 
@@ -258,9 +257,8 @@ class SsdWorkers:
         return 1 if self._reads.queue or self._reads.meter.in_flight else self._queues.depth
 
     def _begin(self, lane: Lane[Request]) -> list[Job[Request]]:
-        """Take as much as others leave: merging must not make the disk's queue shorter."""
-        free = self._queues.depth - lane.meter.in_flight
-        fair = -(-len(lane.queue) // free)
+        """Take a fair share: merging must not make the disk's queue shorter."""
+        fair = -(-len(lane.queue) // self._queues.depth)
         jobs = lane.take(max(1, min(fair, self._queues.max_merged_bytes // self._file.slot_bytes)))
         now = self._loop.time()
         lane.meter.started(now)
@@ -296,14 +294,14 @@ class SsdWorkers:
         try:
             return lane.perform([job.request for job in jobs])
         except Exception:  # the thread's outermost loop: whatever it was, the request must be answered and the thread live on
-            _LOG.exception("SSD operation failed")
+            self._log.exception("SSD operation failed")
             return [SsdOutcome.FAILED] * len(jobs)
 
     def _call_loop(self, callback: Callable[[], None]) -> None:
         try:
             self._loop.call_soon_threadsafe(callback)
         except RuntimeError:
-            _LOG.debug("an SSD operation ended after its event loop")
+            self._log.debug("an SSD operation ended after its event loop")
 
 
 class _Together:
