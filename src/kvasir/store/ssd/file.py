@@ -116,13 +116,21 @@ class SsdFile:
     def write_many(self, writes: Sequence[SsdWrite]) -> list[SsdOutcome]:
         """One outcome for each; neighbouring places go out in one system call. Raises PoolError for what makes no sense."""
         self.require_valid(writes)
-        with self._in_use():
-            outcomes = {w.ssd_slot: outcome for run in runs(writes, MAX_RUN) for w, outcome in self._write_run(run)}
-        return [outcomes[write.ssd_slot] for write in writes]
+        return self.write_valid(writes)
 
     def read_many(self, reads: Sequence[SsdRead]) -> list[SsdOutcome]:
         """One outcome for each; neighbouring places come in one system call. Raises PoolError for what makes no sense."""
         self.require_valid(reads)
+        return self.read_valid(reads)
+
+    def write_valid(self, writes: Sequence[SsdWrite]) -> list[SsdOutcome]:
+        """`write_many` of different places that `require_valid` has seen."""
+        with self._in_use():
+            outcomes = {w.ssd_slot: outcome for run in runs(writes, MAX_RUN) for w, outcome in self._write_run(run)}
+        return [outcomes[write.ssd_slot] for write in writes]
+
+    def read_valid(self, reads: Sequence[SsdRead]) -> list[SsdOutcome]:
+        """`read_many` of different places that `require_valid` has seen."""
         expected = {read.ssd_slot: record for read in reads if (record := self._record_of(read)) is not None}
         outcomes = {read.ssd_slot: SsdOutcome.ABSENT for read in reads}
         with self._in_use():
