@@ -143,6 +143,23 @@ async def test_reads_overtake_writes_and_hold_all_but_one_back(file: SsdFile, st
     assert "write" in begun[last_read:], "writes come after"
 
 
+async def test_while_a_read_is_under_way_one_write_runs_and_no_more(file: SsdFile, stage: Stage) -> None:
+    file.write(0, key_of(0), 0, block_of(0))
+    stage.hold()
+    async with SsdWorkers(file, SsdQueues(depth=4, max_merged_bytes=1)) as workers:
+        first = asyncio.ensure_future(workers.read([a_read(0)]))
+        await until(lambda: workers.stats().reads_in_flight == 1)
+        for place in range(20, 26):
+            workers.submit_write(a_write(place), nothing)
+        await until(lambda: workers.stats().writes_in_flight == 1)
+        second = asyncio.ensure_future(workers.read([a_read(1), a_read(0)]))  # wakes the threads again
+        await until(lambda: workers.stats().reads_in_flight == 2)
+        assert (workers.stats().writes_in_flight, workers.stats().queued_writes) == (1, 5)
+        stage.faulty.release()
+        assert [*await first, *await second] == [OK, ABSENT, OK]
+        await until(lambda: workers.stats().write_outcomes[OK] == 6)
+
+
 async def test_neighbours_are_moved_together_but_every_thread_gets_some(file: SsdFile, stage: Stage) -> None:
     stage.hold()
     async with SsdWorkers(file, SsdQueues(depth=2, max_merged_bytes=8 * SLOT_BYTES)) as workers:

@@ -36,8 +36,6 @@ from kvasir.store.ssd.requests import SsdOutcome, SsdRead, SsdWrite, require_val
 MAX_RUN = 256
 """Places in one system call: two buffers each, of the 1024 that the kernel takes."""
 
-_LOG = structlog.get_logger().bind(part="ssd")
-
 
 def open_ssd(
     directory: Path | str,
@@ -58,9 +56,10 @@ def open_ssd(
     plan = SsdPlan(Path(directory), num_slots, slot_bytes, identity, replace_other)
     system = ops if ops is not None else SystemFiles()
     ssd = SsdFile(open_files(plan, system, try_direct=try_direct), plan, system)
-    _LOG.info("SSD open", path=str(plan.data_path), slots=num_slots, found=len(ssd.recover()), is_direct=ssd.is_direct)
+    log = structlog.get_logger().bind(part="ssd")
+    log.info("SSD open", path=str(plan.data_path), slots=num_slots, found=len(ssd.recover()), is_direct=ssd.is_direct)
     if not ssd.is_direct:
-        _LOG.warning("no direct I/O here: the SSD goes through the page cache and is slower", path=str(plan.data_path))
+        log.warning("no direct I/O here: the SSD goes through the page cache and is slower", path=str(plan.data_path))
     return ssd
 
 
@@ -76,6 +75,7 @@ class SsdFile:
         self.slot_bytes = plan.slot_bytes
         self.is_direct = files.is_direct
         self.errors: Counter[str] = Counter()
+        self._log = structlog.get_logger().bind(part="ssd")
         self._files = files
         self._ops = ops
         self._records = _without_older_copies(files.records)
@@ -116,13 +116,21 @@ class SsdFile:
     def write_many(self, writes: Sequence[SsdWrite]) -> list[SsdOutcome]:
         """One outcome for each; neighbouring places go out in one system call. Raises PoolError for what makes no sense."""
         self.require_valid(writes)
-        with self._in_use():
-            outcomes = {w.ssd_slot: outcome for run in runs(writes, MAX_RUN) for w, outcome in self._write_run(run)}
-        return [outcomes[write.ssd_slot] for write in writes]
+        return self.write_valid(writes)
 
     def read_many(self, reads: Sequence[SsdRead]) -> list[SsdOutcome]:
         """One outcome for each; neighbouring places come in one system call. Raises PoolError for what makes no sense."""
         self.require_valid(reads)
+        return self.read_valid(reads)
+
+    def write_valid(self, writes: Sequence[SsdWrite]) -> list[SsdOutcome]:
+        """`write_many` of different places that `require_valid` has seen."""
+        with self._in_use():
+            outcomes = {w.ssd_slot: outcome for run in runs(writes, MAX_RUN) for w, outcome in self._write_run(run)}
+        return [outcomes[write.ssd_slot] for write in writes]
+
+    def read_valid(self, reads: Sequence[SsdRead]) -> list[SsdOutcome]:
+        """`read_many` of different places that `require_valid` has seen."""
         expected = {read.ssd_slot: record for read in reads if (record := self._record_of(read)) is not None}
         outcomes = {read.ssd_slot: SsdOutcome.ABSENT for read in reads}
         with self._in_use():
@@ -206,7 +214,7 @@ class SsdFile:
             return SsdOutcome.OK
         if self._records[read.ssd_slot] is record:  # else a write came between, which the caller should not have let
             self._erase(read.ssd_slot)
-        _LOG.warning("a block on the SSD is corrupt and dropped", ssd_slot=read.ssd_slot, key=read.key.hex())
+        self._log.warning("a block on the SSD is corrupt and dropped", ssd_slot=read.ssd_slot, key=read.key.hex())
         return SsdOutcome.CORRUPT
 
     # --- both --------------------------------------------------------------------------------------------------
@@ -253,7 +261,7 @@ class SsdFile:
             self.errors[name] += 1
             count = self.errors[name]
         if count & (count - 1) == 0:
-            _LOG.warning("SSD error", operation=what, ssd_slot=place, error=name, count=count)
+            self._log.warning("SSD error", operation=what, ssd_slot=place, error=name, count=count)
 
 
 def _views(pieces: Sequence[Pieces]) -> list[memoryview]:
