@@ -53,17 +53,22 @@ class PrefillBook:
         return request_id in self._by_id
 
     @property
+    def pace(self) -> float:
+        return self._pace
+
+    @property
     def columns(self) -> tuple[float, float, float, float, float]:
         """pending, done as of, as of, the most that can be done by now, pace: see `wait_s`, which computes with them."""
         return self.pending_s, self._done_s, self._as_of_s, self._most_s, self._pace
 
     def wait_s(self, now: float, rank: float = math.inf) -> float:
         """Seconds until all that goes before `rank` will be done; by default, all that was sent."""
-        if not self._order:
+        order = self._order
+        if not order:
             return 0.0
         before_s = self.pending_s
-        if rank < self._order[-1].rank:
-            before_s = sum(entry.seconds for entry in self._order[: bisect_right(self._order, rank, key=_rank)])
+        if rank < order[-1].rank:
+            before_s = sum(entry.seconds for entry in order[: bisect_right(order, rank, key=_rank)])
         return max(0.0, before_s - self._worked_s(now)) / self._pace
 
     def spare_s(self, now: float, rank: float) -> float:
@@ -146,4 +151,9 @@ class PrefillBook:
         return min(self.pending_s, max(self._order[0].seconds, self._done_s)) if self._order else 0.0
 
     def _worked_s(self, now: float) -> float:
-        return min(self._done_s + max(0.0, now - self._as_of_s) * self._pace, self._most_s)
+        order = self._order
+        if not order:
+            return 0.0
+        done_s = self._done_s
+        most_s = min(self.pending_s, max(order[0].seconds, done_s))
+        return min(done_s + max(0.0, now - self._as_of_s) * self._pace, most_s)

@@ -114,6 +114,11 @@ class Conductor:
         """To be read only."""
         return self._directory
 
+    def wants_report(self, instance: str, epoch: int) -> bool:
+        """Whether a heartbeat of this incarnation would change anything: it has prefills to account for, or is not known."""
+        known = self._fleet.get(instance)
+        return known is None or known.info.epoch != epoch or len(known.book) > 0
+
     def placed(self, request_id: str) -> Placed | None:
         """Where a request is, to be read only; None before its arrival and after its outcome."""
         return self._requests.get(request_id)
