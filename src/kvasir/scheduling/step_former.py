@@ -32,6 +32,9 @@ class StepFormer:
         for a step already, so where steps are to be short its first one `puts_off` the prompts.
         """
         queues, max_batch = self._queues, self._config.max_batch
+        if queues.has_only_decodes:
+            self.puts_off = False
+            return []
         paused, decodes = queues.paused, queues.decodes
         num_running = queues.num_running
         is_running = num_running > 0
@@ -73,6 +76,8 @@ class StepFormer:
         """Pages that the next steps will need beyond the stash."""
         config, queues = self._config, self._queues
         wanted = queues.decodes.growth
+        if queues.has_only_decodes:
+            return wanted - len(self._stash)
         seats = config.max_batch - queues.num_running
         for seq in (*queues.paused, *(queues.ready[:seats] if seats > 0 else ())):
             wanted += seq.pages_for(seq.num_computed + 1 + config.ahead_tokens, config.block_tokens)

@@ -82,6 +82,6 @@ class Decoding:
         seq.is_joined = False
         log, job = self._log, seq.job
         if log.passes > seq.passes_at:
-            job.gaps.append(log.since(seq.log_at, seq.extra_s))
+            job.gaps += log.since(seq.log_at, seq.extra_s)
             job.emitted += log.passes - seq.passes_at
             job.last_token_s = log.ended_s

@@ -445,7 +445,7 @@ class SimInstance:
         if seq.is_cancelled:
             return
         if job.emitted:
-            job.gaps.append(single(now - job.last_token_s))
+            job.gaps += single(now - job.last_token_s)
         else:
             job.first_token_s = now
         job.emitted += 1

@@ -48,7 +48,7 @@ class Job:
         self.cached_tokens: int | None = None
         self.first_token_s = 0.0
         self.last_token_s = 0.0
-        self.gaps: list[Runs] = []
+        self.gaps: Runs = []
         self.attempt: Attempt | None = None
 
     @property
