@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from kvasir.core.keys import BlockKey
 from kvasir.costs.model import CostModel
 from kvasir.pool.eviction import Block
 from kvasir.pool.ghosts import Ghosts
@@ -37,30 +36,16 @@ def block_seconds(costs: CostModel, block_tokens: int) -> BlockSeconds:
     return lambda depth: costs.prefill_s(block_tokens, depth * block_tokens)
 
 
-class _Stay:
-    """A block's stay in a slot: uses of its earlier stays, and since when and in which class it is idle."""
-
-    __slots__ = ("class_", "idle_since", "is_watched", "key", "past_uses", "total_uses")
-
-    def __init__(self, key: BlockKey, past_uses: int, is_watched: bool):
-        self.key = key
-        self.is_watched = is_watched
-        self.past_uses = past_uses
-        self.total_uses = past_uses
-        self.idle_since = 0.0
-        self.class_ = 0
-
-
 class CostAware:
     """O(1) a block; a first victim at some time costs one look at each class in use, further ones at that time O(1)."""
 
     def __init__(self, seconds: BlockSeconds):
         self._seconds = seconds
         self._rates = ReuseRates()
-        self._stays: dict[int, _Stay] = {}
         self._ghosts: Ghosts[int] = Ghosts()
-        self._classes: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(_NUM_CLASSES)]
+        self._classes: list[OrderedDict[int, Block]] = [OrderedDict() for _ in range(_NUM_CLASSES)]
         self._class_of_depth: list[int] = []
+        self._num_known = 0  # blocks that have been idle in their slot
         self._len = 0
         self._order: list[tuple[float, int]] = []  # worths of the heads of classes as of _order_now, best first
         self._order_now = math.nan
@@ -72,57 +57,75 @@ class CostAware:
         for members in self._classes:
             yield from members
 
-    def add(self, slot: int, block: Block, now: float) -> None:
-        key = block.key
-        stay = self._stays.get(slot)
-        if stay is None or stay.key != key:
-            stay = self._stays[slot] = _Stay(key, self._ghosts.recall(key) or 0, self._rates.watches(key))
-            if stay.is_watched:
-                self._rates.used(key, now)
-        stay.total_uses = uses = stay.past_uses + block.uses
-        stay.idle_since = now
-        uses_class = min(uses.bit_length(), MAX_CLASS)
-        known, depth = self._class_of_depth, block.deepest
-        stay.class_ = class_ = uses_class * COST_CLASSES + (known[depth] if depth < len(known) else self._cost_class(depth))
-        self._classes[class_][slot] = None
-        self._len += 1
+    def add(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
+        classes, known, released = self._classes, self._class_of_depth, self._rates.released
+        for slot, block in zip(slots, blocks, strict=True):
+            if block.class_ is None:
+                self._meet(block, now)
+            uses_class = (block.past_uses + block.uses).bit_length()
+            if uses_class > MAX_CLASS:
+                uses_class = MAX_CLASS
+            depth = block.deepest
+            class_ = uses_class * COST_CLASSES + (known[depth] if depth < len(known) else self._cost_class(depth))
+            block.class_ = class_
+            block.idle_since = now
+            classes[class_][slot] = block
+            if block.is_watched:
+                released(block.key, uses_class, now)
+        self._len += len(slots)
         self._order_now = math.nan
-        if stay.is_watched:
-            self._rates.released(key, uses_class, now)
 
-    def remove(self, slot: int, now: float) -> None:
-        stay = self._stays[slot]
-        del self._classes[stay.class_][slot]
-        self._len -= 1
+    def remove(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
+        classes, used = self._classes, self._rates.used
+        for slot, block in zip(slots, blocks, strict=True):
+            del classes[block.class_][slot]  # type: ignore[index]  # a block that is idle has a class
+            if block.is_watched:
+                used(block.key, now)
+        self._len -= len(slots)
         self._order_now = math.nan
-        if stay.is_watched:
-            self._rates.used(stay.key, now)
 
-    def victim(self, now: float) -> int | None:
-        if not self._len:
-            return None
+    def victims(self, count: int, now: float) -> list[int]:
+        count = min(count, self._len)
         if self._order_now != now:
             self._order_now = now
-            self._order = sorted(
-                [(self._worth(c, members, now), c) for c, members in enumerate(self._classes) if members], reverse=True
-            )
-        order, stays = self._order, self._stays
-        class_ = order[-1][1]
-        members = self._classes[class_]
-        slot = members.popitem(last=False)[0]
-        self._len -= 1
-        stay = stays.pop(slot)
-        if not members:
-            order.pop()
-        elif stays[next(iter(members))].idle_since != stay.idle_since:  # else it is worth as much, and the class stays first
-            order.pop()
-            self._reinsert(self._worth(class_, members, now), class_)
-        self._ghosts.leave(stay.key, stay.total_uses, len(stays))
-        return slot
+            self._order = sorted([(self._worth(c, members, now), c) for c, members in enumerate(self._classes) if members])
+            self._order.reverse()
+        order, classes, leave = self._order, self._classes, self._ghosts.leave
+        slots: list[int] = []
+        while len(slots) < count:
+            class_ = order[-1][1]
+            members = classes[class_]
+            since, next_since = None, None
+            while since == next_since and len(slots) < count:  # who is idle for as long is worth as much: the class stays first
+                slot, block = members.popitem(last=False)
+                slots.append(slot)
+                since = block.idle_since
+                self._num_known -= 1
+                leave(block.key, block.past_uses + block.uses, self._num_known)
+                if not members:
+                    next_since = None
+                    break
+                next_since = next(iter(members.values())).idle_since
+            if not members:
+                order.pop()
+            elif next_since != since:
+                order.pop()
+                self._reinsert(self._worth(class_, members, now), class_)
+        self._len -= len(slots)
+        return slots
 
-    def _worth(self, class_: int, members: OrderedDict[int, None], now: float) -> float:
+    def _meet(self, block: Block, now: float) -> None:
+        """A block is idle for the first time in its slot."""
+        key = block.key
+        self._num_known += 1
+        block.past_uses = self._ghosts.recall(key) or 0
+        block.is_watched = self._rates.watches(key)
+        if block.is_watched:
+            self._rates.used(key, now)
+
+    def _worth(self, class_: int, members: OrderedDict[int, Block], now: float) -> float:
         """Of the head of a class: seconds saved per second, relative to the first block's."""
-        age_s = now - self._stays[next(iter(members))].idle_since
+        age_s = now - next(iter(members.values())).idle_since
         return self._rates.rate(_USES_CLASS[class_], age_s) * _RELATIVE_COST[class_]
 
     def _reinsert(self, worth: float, class_: int) -> None:

@@ -233,6 +233,12 @@ class PoolNode:
 
     def _fill(self, owner: Owner, lease: Lease, blocks: Sequence[KeyedSlot], now: float) -> list[BlockKey]:
         """Publish what the lease holds or the owner has reserved; the keys that were not published before."""
+        slots, keys = [block.slot for block in blocks], [block.key for block in blocks]
+        if owner.reserved.issuperset(slots) and self._slots.publish_new(keys, slots, len(lease.slots)):
+            owner.reserved.difference_update(slots)
+            lease.slots += slots
+            lease.pinned += slots
+            return keys
         private, held, reserved, publish = lease.private, lease.slots, owner.reserved, self._slots.publish
         stored: list[BlockKey] = []
         for block in blocks:
