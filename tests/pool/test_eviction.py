@@ -10,7 +10,7 @@ from kvasir.costs.roofline import reference_cost
 from kvasir.pool.cost_aware import CostAware, block_seconds
 from kvasir.pool.eviction import Block, Eviction, Lru
 from kvasir.pool.frequency import LengthAware, Lfu
-from kvasir.pool.ghosts import MIN_GHOSTS, Ghosts
+from kvasir.pool.ghosts import FORGOTTEN_AT_ONCE, MIN_GHOSTS, Ghosts
 from kvasir.pool.policies import EVICTIONS
 from kvasir.pool.replay import CacheReplay
 
@@ -180,5 +180,6 @@ def test_ghosts_are_bounded_and_the_oldest_is_forgotten_first() -> None:
     ghosts: Ghosts[int] = Ghosts()
     for number in range(MIN_GHOSTS + 1):
         ghosts.leave(number.to_bytes(4, "big"), number, 1)
-    assert len(ghosts) == MIN_GHOSTS
-    assert (ghosts.recall(bytes(4)), ghosts.recall(b"\0\0\0\1"), ghosts.recall(b"\0\0\0\1")) == (None, 1, None)
+    assert len(ghosts) == MIN_GHOSTS + 1 - MIN_GHOSTS // FORGOTTEN_AT_ONCE
+    first = (MIN_GHOSTS // FORGOTTEN_AT_ONCE).to_bytes(4, "big")
+    assert (ghosts.recall(bytes(4)), ghosts.recall(first), ghosts.recall(first)) == (None, MIN_GHOSTS // FORGOTTEN_AT_ONCE, None)

@@ -88,8 +88,7 @@ class CostAware:
         count = min(count, self._len)
         if self._order_now != now:
             self._order_now = now
-            self._order = sorted([(self._worth(c, members, now), c) for c, members in enumerate(self._classes) if members])
-            self._order.reverse()
+            self._order = self._heads(now)
         order, classes, leave = self._order, self._classes, self._ghosts.leave
         slots: list[int] = []
         while len(slots) < count:
@@ -122,6 +121,13 @@ class CostAware:
         block.is_watched = self._rates.watches(key)
         if block.is_watched:
             self._rates.used(key, now)
+
+    def _heads(self, now: float) -> list[tuple[float, int]]:
+        """The worths of the heads of classes, best first."""
+        worth = self._worth
+        heads = [(worth(class_, members, now), class_) for class_, members in enumerate(self._classes) if members]
+        heads.sort(reverse=True)
+        return heads
 
     def _worth(self, class_: int, members: OrderedDict[int, Block], now: float) -> float:
         """Of the head of a class: seconds saved per second, relative to the first block's."""

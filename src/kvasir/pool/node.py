@@ -38,6 +38,7 @@ from kvasir.core.pool_events import (
     PoolEvent,
     PoolStats,
     PoolTick,
+    PutBlocks,
     PutEnd,
     PutRevoke,
     PutStart,
@@ -209,6 +210,26 @@ class PoolNode:
         slots, removed = self._take(event.count, now)
         owner.reserved.update(slots)
         return [*removed, Reserved(slots)]
+
+    def _put(self, owner: Owner, event: PutBlocks, now: float) -> list[PoolAnswer]:
+        lease = self._held(owner, event.lease)
+        if lease is None:
+            return self._refuse("unknown_lease", f"{event.owner} does not hold lease {event.lease!r}")
+        slots, removed = self._take(len(event.keys), now)
+        if not slots:
+            return [*removed, Reserved(())]
+        keys = event.keys if len(slots) == len(event.keys) else event.keys[: len(slots)]
+        if self._slots.publish_new(keys, slots, len(lease.slots)):
+            lease.slots += slots
+            lease.pinned += slots
+            stored = keys
+        else:
+            owner.reserved.update(slots)
+            blocks = [KeyedSlot(key, slot) for key, slot in zip(keys, slots, strict=True)]
+            stored = tuple(self._fill(owner, lease, blocks, now))
+        if self._ssd is not None:
+            self._ssd.published(stored, now)
+        return [*removed, Reserved(slots), Stored(stored)] if stored else [*removed, Reserved(slots)]
 
     def _take(self, count: int, now: float) -> tuple[tuple[int, ...], list[PoolAnswer]]:
         """Slots, and what to say about the blocks that were evicted for them."""
@@ -435,6 +456,7 @@ class PoolNode:
 _OF_OWNERS: dict[type[PoolEvent], Callable[[PoolNode, Owner, Any, float], list[PoolAnswer]]] = {
     PutStart: PoolNode._reserve,
     PutEnd: PoolNode._publish,
+    PutBlocks: PoolNode._put,
     PutRevoke: PoolNode._revoke,
     LeaseBlocks: PoolNode._lease,
     LoadStart: PoolNode._start_load,

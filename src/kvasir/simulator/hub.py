@@ -118,6 +118,7 @@ class SimHub:
         job = self.jobs[command.request_id]
         if job.attempt is not None:
             self._abandon(job.attempt)
+            job.attempt.forget()
         self._num_runs += 1
         attempt = job.attempt = Attempt(job, f"{job.id}#{self._num_runs}", command.decode)
         group = command.candidate.members
@@ -418,8 +419,10 @@ class SimHub:
 
     def _end(self, job: Job, status: Status, reason: str | None) -> None:
         del self.jobs[job.id]
-        if job.attempt is not None:
-            self._abandon(job.attempt)
+        attempt, job.attempt = job.attempt, None
+        if attempt is not None:
+            self._abandon(attempt)
+            attempt.forget()
         self._records.end(
             job.number,
             status,

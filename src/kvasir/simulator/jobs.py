@@ -82,6 +82,12 @@ class Attempt:
         self.offered: SimNode | None = None
         self.is_prefilled = False
 
+    def forget(self) -> None:
+        """It is over: let go of what refers back, so that its memory is free at once and not when garbage is collected."""
+        self.stages = []
+        self.decoder = self.stream = None
+        self.flows = {}
+
     @property
     def sequences(self) -> list[Seq]:
         return self.stages if self.decoder is None else [*self.stages, self.decoder]

@@ -64,6 +64,15 @@ class Flow:
         self.is_active = True
 
 
+    def forget(self) -> None:
+        """It is over: let go of whoever refers to it, so that no garbage is left to collect."""
+        self.then, self.fail = _nothing, None
+
+
+def _nothing(_: Flow) -> None:
+    return
+
+
 class Network:
     """All flows of a simulation."""
 
@@ -97,6 +106,7 @@ class Network:
         flow.version += 1
         if flow.is_active:
             self._leave(flow)
+        flow.forget()
 
     def set_bandwidth(self, pipe: Pipe, bandwidth: float) -> None:
         pipe.bandwidth = bandwidth
@@ -155,12 +165,13 @@ class Network:
         if flow.latency_s:
             self._agenda.at(self._agenda.now + flow.latency_s, self._arrived, planned)
         else:
-            flow.then(flow)
+            self._arrived(planned)
 
     def _arrived(self, planned: tuple[Flow, int]) -> None:
         flow, version = planned
         if flow.version == version:
             flow.then(flow)
+            flow.forget()
 
     def _leave(self, flow: Flow) -> None:
         flow.is_active = False
