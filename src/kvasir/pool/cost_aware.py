@@ -15,6 +15,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 
+from kvasir.core.keys import BlockKey
 from kvasir.costs.model import CostModel
 from kvasir.pool.eviction import Block
 from kvasir.pool.ghosts import Ghosts
@@ -29,6 +30,9 @@ COST_CLASSES = 8
 _NUM_CLASSES = (MAX_CLASS + 1) * COST_CLASSES
 _USES_CLASS = tuple(c // COST_CLASSES for c in range(_NUM_CLASSES))
 _RELATIVE_COST = tuple(2 ** (c % COST_CLASSES / 2) for c in range(_NUM_CLASSES))
+
+_MANY_USES = 1 << MAX_CLASS - 1
+_CLASS_OF_USES = [min(uses.bit_length(), MAX_CLASS) for uses in range(_MANY_USES + 1)]
 
 
 def block_seconds(costs: CostModel, block_tokens: int) -> BlockSeconds:
@@ -58,16 +62,13 @@ class CostAware:
             yield from members
 
     def add(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
-        classes, known, released = self._classes, self._class_of_depth, self._rates.released
+        classes, released = self._classes, self._rates.released
+        cost_class_of = self._cost_classes(max([block.deepest for block in blocks], default=0))
         for slot, block in zip(slots, blocks, strict=True):
             if block.class_ is None:
                 self._meet(block, now)
-            uses_class = (block.past_uses + block.uses).bit_length()
-            if uses_class > MAX_CLASS:
-                uses_class = MAX_CLASS
-            depth = block.deepest
-            class_ = uses_class * COST_CLASSES + (known[depth] if depth < len(known) else self._cost_class(depth))
-            block.class_ = class_
+            uses_class = _CLASS_OF_USES[min(block.past_uses + block.uses, _MANY_USES)]
+            block.class_ = class_ = uses_class * COST_CLASSES + cost_class_of[block.deepest]
             block.idle_since = now
             classes[class_][slot] = block
             if block.is_watched:
@@ -89,27 +90,23 @@ class CostAware:
         if self._order_now != now:
             self._order_now = now
             self._order = self._heads(now)
-        order, classes, leave = self._order, self._classes, self._ghosts.leave
+        order, classes = self._order, self._classes
         slots: list[int] = []
-        while len(slots) < count:
+        gone: list[tuple[BlockKey, int]] = []
+        while count:
             class_ = order[-1][1]
             members = classes[class_]
-            since, next_since = None, None
-            while since == next_since and len(slots) < count:  # who is idle for as long is worth as much: the class stays first
-                slot, block = members.popitem(last=False)
-                slots.append(slot)
-                since = block.idle_since
-                self._num_known -= 1
-                leave(block.key, block.past_uses + block.uses, self._num_known)
-                if not members:
-                    next_since = None
-                    break
-                next_since = next(iter(members.values())).idle_since
+            slot, block = members.popitem(last=False)
+            slots.append(slot)
+            gone.append((block.key, block.past_uses + block.uses))
+            count -= 1
             if not members:
                 order.pop()
-            elif next_since != since:
+            elif next(iter(members.values())).idle_since != block.idle_since:  # else it is worth as much and stays first
                 order.pop()
                 self._reinsert(self._worth(class_, members, now), class_)
+        self._num_known -= len(slots)
+        self._ghosts.leave(gone, self._num_known)
         self._len -= len(slots)
         return slots
 
@@ -142,9 +139,10 @@ class CostAware:
             place -= 1
         order.insert(place, (worth, class_))
 
-    def _cost_class(self, depth: int) -> int:
+    def _cost_classes(self, depth: int) -> list[int]:
+        """The class of costs of each depth, at least up to this one."""
         known = self._class_of_depth
         while len(known) <= depth:
             ratio = self._seconds(len(known)) / self._seconds(0)
             known.append(min(COST_CLASSES - 1, max(known[-1] if known else 0, int(2 * math.log2(max(1.0, ratio))))))
-        return known[depth]
+        return known

@@ -76,8 +76,8 @@ class Lfu:
 
     def victims(self, count: int, now: float) -> list[int]:
         slots = self._ranked.pop(count)
-        for slot in slots:
-            self._ghosts.leave(self._known.pop(slot)[0], self._total.pop(slot), len(self._known))
+        gone = [(self._known.pop(slot)[0], self._total.pop(slot)) for slot in slots]
+        self._ghosts.leave(gone, len(self._known))
         return slots
 
     def __len__(self) -> int:

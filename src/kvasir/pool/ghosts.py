@@ -28,16 +28,17 @@ class Ghosts(Generic[T]):
     def __len__(self) -> int:
         return len(self._past)
 
-    def leave(self, key: BlockKey, past: T, num_blocks: int) -> None:
-        """A block was evicted, beside which `num_blocks` stay."""
+    def leave(self, gone: list[tuple[BlockKey, T]], num_blocks: int) -> None:
+        """Blocks were evicted, in this order, beside which `num_blocks` stay."""
         ghosts = self._past
-        if key in ghosts:
-            del ghosts[key]
-        ghosts[key] = past
+        if not ghosts.keys().isdisjoint([key for key, _ in gone]):
+            for key, _ in gone:
+                ghosts.pop(key, None)
+        ghosts.update(gone)
         limit = GHOSTS_PER_BLOCK * num_blocks
         if limit > self._limit:
             self._limit = limit
-        if len(ghosts) > self._limit:
+        while len(ghosts) > self._limit:
             for oldest in list(islice(ghosts, max(1, self._limit // FORGOTTEN_AT_ONCE))):
                 del ghosts[oldest]
 

@@ -86,9 +86,10 @@ class SlotTable:
         if not index.keys().isdisjoint(keys) or len(set(keys)) < len(keys):
             return False
         index.update(zip(keys, slots, strict=True))
-        for place, (key, slot) in enumerate(zip(keys, slots, strict=True), start=depth):
-            blocks[slot] = Block(key, place, place, 1)
+        for key, slot in zip(keys, slots, strict=True):
+            blocks[slot] = Block(key, depth, depth, 1)
             pins[slot] = 1
+            depth += 1
         return True
 
     def pin_prefix(self, keys: Sequence[BlockKey], now: float) -> list[int]:
@@ -158,7 +159,6 @@ class SlotTable:
                 assert block is not None, "only published blocks are in the eviction order"
                 del index[block.key]
                 blocks[slot] = None
-                if slot not in writing:
-                    free.append(slot)
                 evicted.append(block)
+            free += [slot for slot in victims if slot not in writing] if writing else victims
         return evicted

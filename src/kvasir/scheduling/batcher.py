@@ -234,7 +234,7 @@ class Batcher:
     # --- what follows ---
 
     def _go_on(self, commands: list[Command], now: float, *, may_ask: bool) -> None:
-        if self._step is None and len(self._queues):
+        if self._step is None and self._queues.is_busy:
             if self._is_short and self._asked is None and self._former.pages_wanted() <= 0:  # who left has left enough
                 self._end_shortage()
             self._form()
@@ -247,7 +247,7 @@ class Batcher:
         if self._asked is None and may_ask:
             self._ask(commands)
         excess = len(self._stash) - self._config.stash_pages
-        if excess > 0 and not len(self._queues):
+        if excess > 0 and not self._queues.is_busy:
             commands.append(ReturnPages(tuple(self._stash[-excess:])))
             del self._stash[-excess:]
 
@@ -257,7 +257,7 @@ class Batcher:
         if self._prompts:
             chunks = tuple([chunk_of(seq) for seq in self._prompts])
             self._step = Step(chunks, len(decodes), decodes.context_tokens)
-        elif len(decodes):
+        elif decodes.members:
             most = 1 if self._former.puts_off else self._config.max_repeats
             repeats = min(most, decodes.passes_until_due()) if most > 1 else 1
             self._step = Step((), len(decodes), decodes.context_tokens, repeats)

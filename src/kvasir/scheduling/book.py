@@ -69,7 +69,8 @@ class PrefillBook:
         before_s = self.pending_s
         if rank < order[-1].rank:
             before_s = sum(entry.seconds for entry in order[: bisect_right(order, rank, key=_rank)])
-        return max(0.0, before_s - self._worked_s(now)) / self._pace
+        left_s = before_s - self._worked_s(now)
+        return left_s / self._pace if left_s > 0.0 else 0.0
 
     def spare_s(self, now: float, rank: float) -> float:
         """By how many seconds of work all that comes after `rank` can be put off and still be done when due.
@@ -154,6 +155,10 @@ class PrefillBook:
         order = self._order
         if not order:
             return 0.0
-        done_s = self._done_s
-        most_s = min(self.pending_s, max(order[0].seconds, done_s))
-        return min(done_s + max(0.0, now - self._as_of_s) * self._pace, most_s)
+        done_s, first_s, pending_s = self._done_s, order[0].seconds, self.pending_s
+        most_s = done_s if done_s > first_s else first_s
+        if most_s > pending_s:
+            most_s = pending_s
+        if now > self._as_of_s:
+            done_s += (now - self._as_of_s) * self._pace
+        return done_s if done_s < most_s else most_s

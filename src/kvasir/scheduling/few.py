@@ -6,6 +6,7 @@ instances plain numbers are faster, so policies that have a `place_few` are aske
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -96,13 +97,21 @@ class FewView:
     def transfer_s(self, tokens: int) -> float:
         return self.costs.transfer_s(tokens * self.kv_bytes_per_token) if tokens > 0 else 0.0
 
-    def fetch_s(self, row: int, rest_s: float) -> float | None:
-        """Bring the longest prefix there and prefill the rest, which takes `rest_s`; None where there is nothing to bring."""
-        transfer_s = self.transfer_s(self.best_tokens - self.prefix_tokens[row])
-        if transfer_s <= 0.0:
-            return None
-        exposed_s = max(0.0, transfer_s - self.wait_s[row] - rest_s) if self.layerwise else transfer_s
-        return exposed_s + rest_s / self.pace[row]
+    def local_and_fetch_s(self) -> list[tuple[float, float]]:
+        """For each of `prefillers`, as ClusterView's `local_s` and `fetch_s`."""
+        best, is_layerwise = self.best_tokens, self.layerwise
+        rest_s = self.prefill_s(best)
+        by_prefix = {prefix: (self.prefill_s(prefix), self.transfer_s(best - prefix)) for prefix in set(self.prefix_tokens)}
+        seconds = []
+        for prefix, wait_s, pace in zip(self.prefix_tokens, self.wait_s, self.pace, strict=True):
+            prefill_s, transfer_s = by_prefix[prefix]
+            if transfer_s <= 0.0:
+                seconds.append((prefill_s / pace, math.inf))
+                continue
+            if is_layerwise:
+                transfer_s = max(0.0, transfer_s - wait_s - rest_s)
+            seconds.append((prefill_s / pace, transfer_s + rest_s / pace))
+        return seconds
 
     def local(self, row: int) -> Candidate:
         prefix = self.prefix_tokens[row]

@@ -34,6 +34,13 @@ class Seat:
     joins_s: float
     stays_s: float
     is_taken: bool = False
+    leaves_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.leaves_s = self.joins_s + self.stays_s
+
+    def join(self, now: float) -> None:
+        self.joins_s, self.leaves_s, self.is_taken = now, now + self.stays_s, True
 
 
 @dataclass(slots=True)
@@ -228,7 +235,7 @@ class Fleet:
     def outlook(self, instance: str, at_s: float) -> Outlook:
         """Who decodes on `instance` now, and who is expected to at `at_s`: some will have left, others joined."""
         known = self._by_id[instance]
-        then = [seat.context_tokens for seat in known.seats.values() if seat.joins_s <= at_s < seat.joins_s + seat.stays_s]
+        then = [seat.context_tokens for seat in known.seats.values() if seat.joins_s <= at_s < seat.leaves_s]
         return Outlook(known.taken.batch, known.taken.context_tokens, len(then), sum(then))
 
     def expected(self, instance: Instance) -> Taken:
@@ -274,7 +281,7 @@ class Fleet:
         """Drop predictions that are long overdue; how many there were."""
         num_expired = 0
         for known in self._rows:
-            if expired := known.book.expire(sent_before_s=sent_before_s, now=now):
+            if len(known.book) and (expired := known.book.expire(sent_before_s=sent_before_s, now=now)):
                 num_expired += len(expired)
                 self._booked(known)
         return num_expired
@@ -292,7 +299,7 @@ class Fleet:
         """The request's prefill is done: it decodes."""
         known = self._by_id[instance]
         seat = known.seats[request_id]
-        seat.joins_s, seat.is_taken = now, True
+        seat.join(now)
         known.taken.add(seat)
         self._seated(known, now)
 
@@ -410,10 +417,13 @@ class Fleet:
     def _pace(self, known: Instance, step_s: float) -> float:
         """As `expected` has its batch."""
         taken, share = known.taken, self.decode_share
-        batch = max(taken.batch, round(share * len(known.seats)))
+        batch, context_tokens = round(share * len(known.seats)), round(share * known.context_tokens)
+        if batch < taken.batch:
+            batch = taken.batch
         if not batch:
             return 1.0
-        context_tokens = max(taken.context_tokens, round(share * known.context_tokens))
+        if context_tokens < taken.context_tokens:
+            context_tokens = taken.context_tokens
         decode_s = self._costs.decode_step_s(batch, context_tokens)
         return max(LEAST_PACE, 1.0 - (decode_s + self._token_s) / step_s)
 

@@ -79,8 +79,9 @@ class StepFormer:
         if queues.has_only_decodes:
             return wanted - len(self._stash)
         seats = config.max_batch - queues.num_running
-        for seq in (*queues.paused, *(queues.ready[:seats] if seats > 0 else ())):
-            wanted += seq.pages_for(seq.num_computed + 1 + config.ahead_tokens, config.block_tokens)
+        if queues.paused or queues.ready:
+            for seq in (*queues.paused, *(queues.ready[:seats] if seats > 0 else ())):
+                wanted += seq.pages_for(seq.num_computed + 1 + config.ahead_tokens, config.block_tokens)
         tokens = STEPS_AHEAD * config.max_step_tokens
         for seq in queues.prompts(seats):
             if tokens <= 0:
@@ -92,8 +93,11 @@ class StepFormer:
 
     def _budget(self, joining: list[Sequence]) -> ChunkBudget:
         decodes = self._queues.decodes
-        context = decodes.context_tokens + sum(seq.num_tokens for seq in joining)
-        share = min((seq.share for seq in self._queues.idle), default=1.0)
+        context = decodes.context_tokens
+        if joining:
+            context += sum([seq.num_tokens for seq in joining])
+        idle = self._queues.idle
+        share = min([seq.share for seq in idle]) if idle else 1.0
         batch = len(decodes) + len(joining)
         return ChunkBudget(self._config, self._costs, batch=batch, context_tokens=context, share=share)
 

@@ -85,7 +85,7 @@ class SimNode:
     def handle(self, event: PoolEvent) -> Answer:
         """The answer for the owner that asked; None when there is nothing to say."""
         answer: Answer = None
-        for said in self.pool.handle(event, self._agenda.now):  # mostly one answer, or none
+        for said in self.pool.handle(event, self._agenda.now):
             kind = type(said)
             if kind is Stored:
                 self._seq += 1

@@ -52,23 +52,13 @@ class Kvasir:
 
     def place_few(self, view: FewView) -> Choice | None:
         """As `place`, but for pipelines."""
-        rest_s = view.prefill_s(view.best_tokens)
-        fetches: list[float | None] = []
-        ttft_s = []
-        for row, prefix in enumerate(view.prefix_tokens):
-            seconds = view.prefill_s(prefix) / view.pace[row]
-            fetch_s = view.fetch_s(row, rest_s)
-            if fetch_s is not None and fetch_s < seconds:
-                seconds = fetch_s
-            else:
-                fetch_s = None
-            fetches.append(fetch_s)
-            ttft_s.append(view.wait_s[row] + seconds)
+        plans = view.local_and_fetch_s()
+        ttft_s = [wait_s + min(plan) for wait_s, plan in zip(view.wait_s, plans, strict=True)]
         ttft_s = _where_wanted_of_few(view, ttft_s)
 
         def plan(row: int) -> Candidate:
-            fetch_s = fetches[row]
-            return view.local(row) if fetch_s is None else view.fetch(row, fetch_s)
+            local_s, fetch_s = plans[row]
+            return view.fetch(row, fetch_s) if fetch_s < local_s else view.local(row)
 
         alone = best_of_few(ttft_s, plan, "least TTFT of all plans")
         if view.max_stages == 1 or alone.chosen.ttft_s <= MARGIN * view.due_in_s:
