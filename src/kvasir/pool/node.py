@@ -44,6 +44,7 @@ from kvasir.core.pool_events import (
     PoolEvent,
     PoolStats,
     PoolTick,
+    PutBlocks,
     PutEnd,
     PutRevoke,
     PutStart,
@@ -223,6 +224,26 @@ class PoolNode:
         owner.reserved.update(slots)
         return [*removed, Reserved(slots)]
 
+    def _put(self, owner: Owner, event: PutBlocks, now: float) -> list[PoolAnswer]:
+        lease = self._held(owner, event.lease)
+        if lease is None:
+            return self._refuse("unknown_lease", f"{event.owner} does not hold lease {event.lease!r}")
+        slots, removed = self._take(len(event.keys), now)
+        if not slots:
+            return [*removed, Reserved(())]
+        keys = event.keys if len(slots) == len(event.keys) else event.keys[: len(slots)]
+        if self._slots.publish_new(keys, slots, len(lease.slots)):
+            lease.slots += slots
+            lease.pinned += slots
+            stored = keys
+        else:
+            owner.reserved.update(slots)
+            blocks = [KeyedSlot(key, slot) for key, slot in zip(keys, slots, strict=True)]
+            stored = tuple(self._fill(owner, lease, blocks, now))
+        if self._ssd is not None:
+            self._ssd.published(stored, now)
+        return [*removed, Reserved(slots), Stored(stored)] if stored else [*removed, Reserved(slots)]
+
     def _take(self, count: int, now: float) -> tuple[tuple[int, ...], list[PoolAnswer]]:
         """Slots, and what to say about the blocks that were evicted for them."""
         taken = self._slots.take(count, now)
@@ -246,6 +267,12 @@ class PoolNode:
 
     def _fill(self, owner: Owner, lease: Lease, blocks: Sequence[KeyedSlot], now: float) -> list[BlockKey]:
         """Publish what the lease holds or the owner has reserved; the keys that were not published before."""
+        slots, keys = [block.slot for block in blocks], [block.key for block in blocks]
+        if owner.reserved.issuperset(slots) and self._slots.publish_new(keys, slots, len(lease.slots)):
+            owner.reserved.difference_update(slots)
+            lease.slots += slots
+            lease.pinned += slots
+            return keys
         private, held, reserved, publish = lease.private, lease.slots, owner.reserved, self._slots.publish
         stored: list[BlockKey] = []
         for block in blocks:
@@ -485,6 +512,7 @@ class PoolNode:
 _OF_OWNERS: dict[type[PoolEvent], Callable[[PoolNode, Owner, Any, float], list[PoolAnswer]]] = {
     PutStart: PoolNode._reserve,
     PutEnd: PoolNode._publish,
+    PutBlocks: PoolNode._put,
     PutRevoke: PoolNode._revoke,
     LeaseBlocks: PoolNode._lease,
     LoadStart: PoolNode._start_load,

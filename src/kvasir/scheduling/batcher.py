@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from kvasir.core.commands import (
     Chunk,
@@ -65,23 +66,13 @@ class Batcher:
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Raises InvariantError for an event that no correct body sends."""
+        kind = type(event)
+        handler = _HANDLERS.get(kind)
+        if handler is None:
+            raise InvariantError(f"a Batcher takes no {kind.__name__}")
         commands: list[Command] = []
-        match event:
-            case StepDone():
-                self._step_done(event, commands)
-            case Submitted():
-                self._submitted(event, now)
-            case Extended():
-                self._extended(event)
-            case PagesGranted():
-                self._pages_granted(event)
-            case Cancelled():
-                self._cancelled(event, commands)
-            case Tick():
-                pass
-            case _:
-                raise InvariantError(f"a Batcher takes no {type(event).__name__}")
-        was_refused = self._is_short and isinstance(event, PagesGranted)
+        handler(self, event, commands, now)
+        was_refused = self._is_short and kind is PagesGranted
         self._go_on(commands, now, may_ask=not was_refused)
         return commands
 
@@ -116,7 +107,7 @@ class Batcher:
 
     # --- events ---
 
-    def _submitted(self, event: Submitted, now: float) -> None:
+    def _submitted(self, event: Submitted, commands: list[Command], now: float) -> None:
         block_tokens = self._config.block_tokens
         if event.request_id in self._queues:
             raise InvariantError(f"{event.request_id} was submitted twice")
@@ -130,7 +121,7 @@ class Batcher:
         self._num_submitted += 1
         self._queues.add(sequence_of(event, rank=rank, block_tokens=block_tokens))
 
-    def _extended(self, event: Extended) -> None:
+    def _extended(self, event: Extended, commands: list[Command], now: float) -> None:
         seq = self._queues.get(event.request_id)
         if seq is None:
             return
@@ -139,7 +130,7 @@ class Batcher:
         seq.available = event.available
         self._queues.place(seq)
 
-    def _step_done(self, event: StepDone, commands: list[Command]) -> None:
+    def _step_done(self, event: StepDone, commands: list[Command], now: float) -> None:
         step = self._step
         if step is None:
             raise InvariantError("StepDone without a step in flight")
@@ -150,10 +141,14 @@ class Batcher:
         touched = self._decodes.advance(event.steps)
         if finished or self._leaving:
             touched = self._with_leavers(touched, finished)
-        touched.sort(key=rank_of)
-        for seq in touched:
-            self._decoded(seq, seq.id in finished, commands)
-        prompts, self._prompts = self._prompts, []
+        if touched:
+            touched.sort(key=rank_of)
+            for seq in touched:
+                self._decoded(seq, seq.id in finished, commands)
+        prompts = self._prompts
+        if not prompts:
+            return
+        self._prompts = []
         for seq in prompts:
             seq.num_computed += seq.in_flight
             seq.in_flight = 0
@@ -217,7 +212,7 @@ class Batcher:
             seq.available, seq.share = None, 1.0
             self._queues.place(seq)
 
-    def _cancelled(self, event: Cancelled, commands: list[Command]) -> None:
+    def _cancelled(self, event: Cancelled, commands: list[Command], now: float) -> None:
         seq = self._queues.get(event.request_id)
         if seq is None:
             return
@@ -228,15 +223,18 @@ class Batcher:
             if seq.ticket:
                 self._leaving.append(seq)
 
-    def _pages_granted(self, event: PagesGranted) -> None:
+    def _pages_granted(self, event: PagesGranted, commands: list[Command], now: float) -> None:
         self._is_short = len(event.pages) < (self._asked or 0)
         self._asked = None
         self._stash.extend(event.pages)
 
+    def _tick(self, event: Tick, commands: list[Command], now: float) -> None:
+        """What follows is all that there is to do."""
+
     # --- what follows ---
 
     def _go_on(self, commands: list[Command], now: float, *, may_ask: bool) -> None:
-        if self._step is None and len(self._queues):
+        if self._step is None and self._queues.is_busy:
             if self._is_short and self._asked is None and self._former.pages_wanted() <= 0:  # who left has left enough
                 self._end_shortage()
             self._form()
@@ -249,7 +247,7 @@ class Batcher:
         if self._asked is None and may_ask:
             self._ask(commands)
         excess = len(self._stash) - self._config.stash_pages
-        if excess > 0 and not len(self._queues):
+        if excess > 0 and not self._queues.is_busy:
             commands.append(ReturnPages(tuple(self._stash[-excess:])))
             del self._stash[-excess:]
 
@@ -259,7 +257,7 @@ class Batcher:
         if self._prompts:
             chunks = tuple([chunk_of(seq) for seq in self._prompts])
             self._step = Step(chunks, len(decodes), decodes.context_tokens)
-        elif len(decodes):
+        elif decodes.members:
             most = 1 if self._former.puts_off else self._config.max_repeats
             repeats = min(most, decodes.passes_until_due()) if most > 1 else 1
             self._step = Step((), len(decodes), decodes.context_tokens, repeats)
@@ -308,3 +306,14 @@ class Batcher:
     def _remove(self, seq: Sequence) -> None:
         self._queues.remove(seq)
         self._is_held = False
+
+
+_HANDLERS: dict[type[Event], Callable[[Batcher, Any, list[Command], float], None]] = {
+    StepDone: Batcher._step_done,
+    Submitted: Batcher._submitted,
+    Extended: Batcher._extended,
+    PagesGranted: Batcher._pages_granted,
+    Cancelled: Batcher._cancelled,
+    Tick: Batcher._tick,
+}
+"""All that a Batcher is told."""

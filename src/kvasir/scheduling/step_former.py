@@ -32,6 +32,9 @@ class StepFormer:
         for a step already, so where steps are to be short its first one `puts_off` the prompts.
         """
         queues, max_batch = self._queues, self._config.max_batch
+        if queues.has_only_decodes:
+            self.puts_off = False
+            return []
         paused, decodes = queues.paused, queues.decodes
         num_running = queues.num_running
         is_running = num_running > 0
@@ -73,9 +76,12 @@ class StepFormer:
         """Pages that the next steps will need beyond the stash."""
         config, queues = self._config, self._queues
         wanted = queues.decodes.growth
+        if queues.has_only_decodes:
+            return wanted - len(self._stash)
         seats = config.max_batch - queues.num_running
-        for seq in (*queues.paused, *(queues.ready[:seats] if seats > 0 else ())):
-            wanted += seq.pages_for(seq.num_computed + 1 + config.ahead_tokens, config.block_tokens)
+        if queues.paused or queues.ready:
+            for seq in (*queues.paused, *(queues.ready[:seats] if seats > 0 else ())):
+                wanted += seq.pages_for(seq.num_computed + 1 + config.ahead_tokens, config.block_tokens)
         tokens = STEPS_AHEAD * config.max_step_tokens
         for seq in queues.prompts(seats):
             if tokens <= 0:
@@ -87,8 +93,11 @@ class StepFormer:
 
     def _budget(self, joining: list[Sequence]) -> ChunkBudget:
         decodes = self._queues.decodes
-        context = decodes.context_tokens + sum(seq.num_tokens for seq in joining)
-        share = min((seq.share for seq in self._queues.idle), default=1.0)
+        context = decodes.context_tokens
+        if joining:
+            context += sum([seq.num_tokens for seq in joining])
+        idle = self._queues.idle
+        share = min([seq.share for seq in idle]) if idle else 1.0
         batch = len(decodes) + len(joining)
         return ChunkBudget(self._config, self._costs, batch=batch, context_tokens=context, share=share)
 
