@@ -38,7 +38,9 @@ def main() -> None:
 def table(measured: list[Measured]) -> dict[str, dict[str, float]]:
     names = {one.name: None for one in measured}
     return {
-        name: {f"{one.nbytes // 1024} KiB": round(one.median, 3) for one in measured if one.name == name and one.nbytes in SIZES}
+        name: {
+            f"{one.nbytes // 1024} KiB": round(one.median, 3) for one in measured if one.name == name and one.nbytes in SIZES
+        }
         for name in names
     }
 

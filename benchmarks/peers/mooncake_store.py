@@ -46,7 +46,9 @@ def put_some(store: Any, keys: str, here: int, offsets: list[int], size: int) ->
     if len(offsets) == 1:
         require(store.put_from(f"{keys}/{offsets[0]}", here + offsets[0], size))
         return
-    for result in store.batch_put_from([f"{keys}/{at}" for at in offsets], [here + at for at in offsets], [size] * len(offsets)):
+    for result in store.batch_put_from(
+        [f"{keys}/{at}" for at in offsets], [here + at for at in offsets], [size] * len(offsets)
+    ):
         require(result)
 
 
@@ -54,7 +56,9 @@ def get_some(store: Any, keys: str, here: int, offsets: list[int], size: int) ->
     if len(offsets) == 1:
         require(store.get_into(f"{keys}/{offsets[0]}", here + offsets[0], size))
         return
-    for result in store.batch_get_into([f"{keys}/{at}" for at in offsets], [here + at for at in offsets], [size] * len(offsets)):
+    for result in store.batch_get_into(
+        [f"{keys}/{at}" for at in offsets], [here + at for at in offsets], [size] * len(offsets)
+    ):
         require(result)
 
 

@@ -17,15 +17,19 @@ PORT = 16479
 
 def main() -> None:
     nbytes = timing.working_set()
-    memory = memoryview(timing.warm(nbytes)).cast("B")
+    memory = memoryview(timing.warm(nbytes).data).cast("B")
     with server(), socket.create_connection(("127.0.0.1", PORT), timeout=timing.WAIT_S) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         speeds: dict[str, float] = {}
         for _ in range(2):
             for size in SIZES:
                 for name, width in (("", 1), ("_batch16", timing.BATCH)):
-                    speeds[f"put{name} {size // KIB} KiB"] = round(timing.speed(partial(put, sock, memory), nbytes, size, width), 3)
-                    speeds[f"get{name} {size // KIB} KiB"] = round(timing.speed(partial(get, sock, memory), nbytes, size, width), 3)
+                    speeds[f"put{name} {size // KIB} KiB"] = round(
+                        timing.speed(partial(put, sock, memory), nbytes, size, width), 3
+                    )
+                    speeds[f"get{name} {size // KIB} KiB"] = round(
+                        timing.speed(partial(get, sock, memory), nbytes, size, width), 3
+                    )
                 sock.sendall(b"FLUSHALL\r\n")
                 expect(sock, b"+OK\r\n")
         timing.print_line(speeds)

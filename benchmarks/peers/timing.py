@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
@@ -37,8 +37,8 @@ def address(memory: npt.NDArray[np.uint8]) -> int:
     return int(memory.ctypes.data)
 
 
-def report(ways: dict[str, tuple[Move, int]], nbytes: int, sizes: tuple[int, ...] = SIZES) -> None:
-    """Print GB/s of each way (its move and how many pieces it takes at a time) and size, as one line of JSON; once to warm up."""
+def report(ways: Mapping[str, tuple[Move, int]], nbytes: int, sizes: tuple[int, ...] = SIZES) -> None:
+    """Print GB/s of each way (its move, and how many pieces it takes at a time) and size; measured twice, the first to warm up."""
     speeds: dict[str, float] = {}
     for _ in range(2):
         for name, (move, batch) in ways.items():
@@ -89,5 +89,3 @@ def wait_for_end(connection: Connection) -> None:
         connection.recv()
     except EOFError:
         return
-
-

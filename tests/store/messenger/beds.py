@@ -23,7 +23,7 @@ from kvasir.store.messenger import (
 
 NUM_SLOTS = 24
 SLOT_BYTES = 300_000  # no multiple of a page: between two slots lie bytes that nobody may touch
-LIMITS = TcpLimits(slice_bytes=1 << 16, stall_s=0.5, connect_s=2.0)
+LIMITS = TcpLimits(slice_bytes=1 << 16, window_bytes=1 << 17, stall_s=0.5, connect_s=2.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Measures the messenger between two processes of this machine, beside what a plain socket and a memcpy reach in the same run."""
+"""Measures the messenger between two processes of this machine, beside a plain socket and a memcpy in the same run."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def ratios(measured: list[Measured]) -> dict[str, dict[str, float]]:
     for ours, limit in (("tcp_put", "socket_put"), ("tcp_get", "socket_get"), ("shm_put", "memcpy"), ("shm_get", "memcpy")):
         over = f"{ours}_over_{limit.partition('_')[0]}"
         result[over] = {
-            f"{nbytes // KIB} KiB": round(statistics.median(a / b for a, b in zip(mine, by_name[limit, nbytes], strict=True)), 3)
+            f"{nbytes // KIB} KiB": round(
+                statistics.median(a / b for a, b in zip(mine, by_name[limit, nbytes], strict=True)), 3
+            )
             for (name, nbytes), mine in by_name.items()
             if name == ours
         }
@@ -99,7 +101,9 @@ async def _measure(working_set: int, rounds: int, sizes: tuple[int, ...]) -> lis
         plain.close()
         await tcp.close()
         await shm.close()
-    return [Measured(name, nbytes, tuple(all_rounds[1:])) for (name, nbytes), all_rounds in speeds.items()]  # the first warms up
+    return [
+        Measured(name, nbytes, tuple(all_rounds[1:])) for (name, nbytes), all_rounds in speeds.items()
+    ]  # the first warms up
 
 
 Move = Callable[[list[SpanPair]], Awaitable[None]]
