@@ -170,6 +170,20 @@ class TestAgainstAServer:
         assert status["decisions"][0]["prefill"] == "prefill-0"
         assert sum(instance["prompt_tokens"] for instance in status["instances"]) >= 3
 
+    def test_a_cleared_cache_computes_again(self, cluster: tuple[Server, int, int]) -> None:
+        found, _, _ = cluster
+        body = {"prompt": [2 + n % 200 for n in range(200)], "max_tokens": 2}
+
+        def cached() -> int:
+            usage = complete(found.url, **body).json()["usage"]
+            return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+        cached()
+        assert cached() == 192
+        answer = httpx.post(f"{found.url}/admin/cache/clear", timeout=10.0)
+        assert answer.json()["forgotten_blocks"]["node0"] >= 3, answer.text
+        assert cached() == 0
+
     def test_blocks_of_prompts_and_answers_are_published(self, cluster: tuple[Server, int, int]) -> None:
         found, events, replay = cluster
         prompt = [1 + n % 300 for n in range(130)]

@@ -29,7 +29,6 @@ from kvasir.core.errors import ClusterError
 from kvasir.core.events import Event, InstanceInfo
 from kvasir.core.pool_events import PoolEvent
 from kvasir.core.request import Role, Sampling, Slo
-from kvasir.core.usage import TransportStats
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
 from kvasir.costs.shape import ModelShape
 from kvasir.engine.fake import FakeEngine
@@ -81,6 +80,7 @@ class Cluster:
     hosts: dict[str, PoolHost]
     mover: MemoryMover
     batchers: dict[str, Batcher] = field(default_factory=dict)
+    tell: Callable[[str, Message], bool] = lambda peer, message: False
     kill: Callable[[str], None] = lambda name: None
     kill_node: Callable[[str], None] = lambda node: None
     start: Callable[[str, Role, int], None] = lambda name, role, epoch: None
@@ -159,9 +159,6 @@ class _Reader:
     ) -> None:
         await self.mover.read(peer, self.node, pairs, within_s, priority, on_layer)
 
-    def stats(self) -> tuple[TransportStats, ...]:
-        return ()
-
 
 async def _no_fault(priority: int) -> None:
     return None
@@ -221,6 +218,7 @@ async def cluster(
     mover = MemoryMover(hosts)
     ports: dict[str, MemoryListener[PoolCall, PoolReply]] = {}
     found = Cluster(hub, conductor, hosts, mover)
+    found.tell = to_hub.send
     bodies: dict[str, asyncio.Task[None]] = {}
     pools: dict[str, asyncio.Task[None]] = {}
 

@@ -17,7 +17,7 @@ import pytest
 import zmq
 
 from kvasir.cluster.lifeline import Lifeline, remove_runtime_directory, start_process
-from kvasir.cluster.messages import BlocksChanged, HelloPool, PoolReport, Shutdown
+from kvasir.cluster.messages import BlocksChanged, HelloPool, OrderDone, PoolReport, Shutdown
 from kvasir.cluster.pool_client import Pool, connect_pool, local_pool, open_pool
 from kvasir.cluster.pool_host import HUB, HUB_EPOCH, PoolHost
 from kvasir.cluster.pool_messages import FromPool, PoolCall, PoolReply, Resync, ToPool
@@ -78,7 +78,7 @@ class BodyInMemory:
 
     async def told(self) -> HelloPool | BlocksChanged:
         """What the hub hears next, reports aside."""
-        while isinstance(message := (await self.hub.recv())[1], PoolReport):
+        while isinstance(message := (await self.hub.recv())[1], PoolReport | OrderDone):
             pass
         return message
 

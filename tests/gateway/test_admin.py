@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from kvasir.cluster.orders import PinPriority
 from kvasir.cluster.service import PinStatus, Rejected, TimedDecision
 from kvasir.core.commands import Decision
 from kvasir.core.errors import ClusterError, ConfigError, RequestError
@@ -32,26 +33,26 @@ class FakeAdmin:
     def decisions(self, limit: int) -> list[TimedDecision]:
         return self.latest[:limit]
 
-    def clear_cache(self) -> list[str]:
+    async def clear_cache(self) -> dict[str, int]:
         self._take("clear")
-        return ["node0"]
+        return {"node0": 5}
 
     def pins(self) -> list[PinStatus]:
-        return [PinStatus("p1", 40, 2, 60.0, 3, "")]
+        return [PinStatus("p1", 40, 2, 60.0, "normal", "", {"node0": 2})]
 
-    def pin(self, prompt: list[int], *, salt: str, tenant: str, ttl_s: float, priority: int) -> PinStatus:
+    async def pin(self, prompt: list[int], *, salt: str, tenant: str, ttl_s: float, priority: PinPriority) -> PinStatus:
         self._take((prompt, salt, tenant, ttl_s, priority))
-        return PinStatus("p1", len(prompt), len(prompt) // 16, ttl_s, priority, tenant)
+        return PinStatus("p1", len(prompt), len(prompt) // 16, ttl_s, priority, tenant, {"node0": 1})
 
-    def unpin(self, pin_id: str) -> PinStatus:
+    async def unpin(self, pin_id: str) -> PinStatus:
         if pin_id != "p1":
             raise RequestError("no such pin", status=404, code="pin_not_found")
         self._take(("unpin", pin_id))
-        return PinStatus("p1", 40, 2, 5.0, 3, "")
+        return PinStatus("p1", 40, 2, 5.0, "high", "", {"node0": 2})
 
-    def set_quota(self, tenant: str, blocks: int | None) -> list[str]:
+    async def set_quota(self, tenant: str, blocks: int | None) -> dict[str, int]:
         self._take((tenant, blocks))
-        return ["node0"]
+        return {"node0": 0}
 
     def _take(self, what: Any) -> None:
         if self.fails is not None:
@@ -191,15 +192,15 @@ class TestPins:
         self, operator: httpx.AsyncClient, admin: FakeAdmin, tokenizer: Tokenizer
     ) -> None:
         text = "the quick brown fox"
-        made = await operator.post("/admin/pins", json={"prompt": text, "ttl": "10m", "priority": 3})
+        made = await operator.post("/admin/pins", json={"prompt": text, "ttl": "10m", "priority": "high"})
         assert made.status_code == 201
         assert made.json()["ttl_s"] == 600
         await operator.post("/admin/pins", json={"prompt": [1, 2, 3], "cache_salt": "s", "tenant": "a" * 16, "ttl": 5})
         chat = {"messages": [{"role": "system", "content": text}]}
         await operator.post("/admin/pins", json=chat)
         first, second, third = admin.asked
-        assert first == (tokenizer.encode(text), "", "", 600.0, 3)
-        assert second == ([1, 2, 3], f"{'a' * 16}:s", "a" * 16, 5.0, 0)
+        assert first == (tokenizer.encode(text), "", "", 600.0, "high")
+        assert second == ([1, 2, 3], f"{'a' * 16}:s", "a" * 16, 5.0, "normal")
         assert third[0] == tokenizer.encode(f"<|im_start|>system\n{text}<|im_end|>\n")
         assert third[3] == 3600
 
@@ -213,7 +214,7 @@ class TestPins:
             ({"prompt": "a", "ttl": 0}, "ttl"),
             ({"prompt": "a", "ttl": "31000000s"}, "ttl"),
             ({"prompt": "a", "tenant": "Robert'); --"}, "tenant"),
-            ({"prompt": "a", "priority": -1}, "priority"),
+            ({"prompt": "a", "priority": "most"}, "priority"),
             ({"messages": []}, "messages"),
         ],
     )
@@ -252,7 +253,7 @@ class TestQuotasAndCache:
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "cluster_error")
 
     async def test_the_cache_is_cleared(self, operator: httpx.AsyncClient, admin: FakeAdmin) -> None:
-        assert (await operator.post("/admin/cache/clear")).json() == {"nodes": ["node0"]}
+        assert (await operator.post("/admin/cache/clear")).json() == {"forgotten_blocks": {"node0": 5}}
         assert admin.asked == ["clear"]
 
 

@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from kvasir.core.events import InstanceInfo, InstanceLoad
 from kvasir.core.pool_events import PoolStats
 from kvasir.core.request import Role, Slo
-from kvasir.core.usage import TenantUsage, TransportStats
+from kvasir.core.usage import TenantUsage, TransportUsage
 from kvasir.report.timeline import RequestRecord
 from kvasir.telemetry.histogram import Histogram
 from kvasir.telemetry.metrics import Metrics
@@ -24,7 +24,7 @@ class Status:
     instances: list[Instance] = field(default_factory=list)
     pools: dict[str, PoolStats] = field(default_factory=dict)
     counters: dict[str, float] = field(default_factory=dict)
-    transports: dict[str, tuple[TransportStats, ...]] = field(default_factory=dict)
+    transports: dict[str, tuple[TransportUsage, ...]] = field(default_factory=dict)
     tenants: dict[str, tuple[TenantUsage, ...]] = field(default_factory=dict)
 
 
@@ -143,8 +143,8 @@ def test_every_count_of_a_pool_is_told_once() -> None:
 
 def test_transports_and_tenants_have_their_own() -> None:
     transports = (
-        TransportStats("tcp", bytes=10, transfers=4, failures=1, retries=2, seconds=0.5, queued=3),
-        TransportStats("shm"),
+        TransportUsage("tcp", bytes=10, transfers=4, failures=1, retries=2, seconds=0.5, queued=3),
+        TransportUsage("shm"),
     )
     tenants = (TenantUsage("a", 5, 10), TenantUsage("b", 6))
     metrics = metrics_of(Status(transports={"n0": transports}, tenants={"n0": tenants}))

@@ -42,7 +42,6 @@ from kvasir.core.pool_events import (
     ReleaseLease,
     Reserved,
 )
-from kvasir.core.usage import TransportStats
 from kvasir.engine.landing import LOST
 from kvasir.store.messenger.transport import PeerArena
 
@@ -80,10 +79,6 @@ class Mover(Protocol):
 
         With `on_layer`, the first layer of all pairs comes first, then the second ...; it hears how many have come.
         """
-        ...
-
-    def stats(self) -> tuple[TransportStats, ...]:
-        """What was moved, by transport."""
         ...
 
 

@@ -23,6 +23,7 @@ from kvasir.cluster.messages import (
     HelloPool,
     InstanceReport,
     Message,
+    OrderDone,
     Pace,
     PeerPool,
     Phase,
@@ -150,6 +151,7 @@ class Hub:
         self.on_decision: Callable[[Decision], object] = lambda decision: None
         self.on_pool: Callable[[str], object] = lambda node: None
         """Hears of each node whose pool has started."""
+        self.on_order_done: Callable[[OrderDone], object] = lambda done: None
         self.on_blocks: OnBlocks = _nobody_listens
         """Hears which tokens full blocks stand for: their keys, the tokens, the parent of the first, and the salt."""
         self._log = structlog.get_logger().bind(part="conductor")
@@ -257,6 +259,8 @@ class Hub:
                 self._pools[node] = PoolStats(slots=num_slots, free=num_slots)
                 self._introduce(node, peer_pool)
                 self.on_pool(node)
+            case OrderDone():
+                self.on_order_done(message)
             case _:
                 self._log.warning("unexpected message", peer=peer, message=type(message).__name__)
 

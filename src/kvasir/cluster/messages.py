@@ -10,7 +10,7 @@ from kvasir.core.events import InstanceInfo, InstanceLoad
 from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import PoolStats
 from kvasir.core.request import FinishReason, Sampling
-from kvasir.core.usage import TenantUsage, TransportStats
+from kvasir.core.usage import TenantUsage, TransportUsage
 from kvasir.engine.interface import ModelSpec
 from kvasir.store.messenger.transport import PeerArena
 
@@ -161,8 +161,17 @@ class BlocksChanged(Message, frozen=True):
 class PoolReport(Message, frozen=True):
     node: str
     stats: PoolStats
-    transports: tuple[TransportStats, ...] = ()
+    transports: tuple[TransportUsage, ...] = ()
     tenants: tuple[TenantUsage, ...] = ()
+
+
+class OrderDone(Message, frozen=True):
+    """A pool did what the operator's order `id` said, to `blocks` blocks; or it could not, and says why in one line."""
+
+    node: str
+    id: int
+    blocks: int = 0
+    error: str | None = None
 
 
 class Progress(Message, frozen=True):
@@ -237,4 +246,4 @@ ToJoiner = Welcome | NotWelcome | HubAlive | EndInstance | Goodbye
 
 ToInstance = RunRequest | CancelRun | Pace | Shutdown
 FromInstance = HelloInstance | StepOutput | HandedOff | RunFailed | InstanceReport | Progress
-FromNode = FromInstance | HelloPool | BlocksChanged | PoolReport | FromJoiner
+FromNode = FromInstance | HelloPool | BlocksChanged | PoolReport | OrderDone | FromJoiner

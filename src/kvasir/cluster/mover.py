@@ -6,10 +6,9 @@ import asyncio
 from collections.abc import Callable
 
 from kvasir.cluster.bringer import Pairs
-from kvasir.core.usage import TransportStats
+from kvasir.core.usage import TransportUsage
 from kvasir.store.messenger import PeerArena, Priority
 from kvasir.store.messenger.messenger import Fetch, Messenger, Source
-from kvasir.store.messenger.statistics import TransportStats as Statistics
 
 
 class MessengerMover:
@@ -17,6 +16,13 @@ class MessengerMover:
 
     def __init__(self, messenger: Messenger):
         self._messenger = messenger
+
+    def usage(self) -> tuple[TransportUsage, ...]:
+        """What each transport did since the start."""
+        return tuple(
+            TransportUsage(name, s.nbytes, s.transfers, s.failures.total(), s.retries, s.seconds, s.active)
+            for name, s in self._messenger.stats.items()
+        )
 
     async def read(
         self,
@@ -31,18 +37,3 @@ class MessengerMover:
         there, here = zip(*pairs, strict=True)
         deadline_s = asyncio.get_running_loop().time() + within_s
         await self._messenger.fetch(Fetch((Source(peer, there),), here, deadline_s, Priority(priority), on_layer))
-
-    def stats(self) -> tuple[TransportStats, ...]:
-        return tuple([_reported(name, stats) for name, stats in self._messenger.stats.items()])
-
-
-def _reported(name: str, stats: Statistics) -> TransportStats:
-    return TransportStats(
-        name,
-        bytes=stats.nbytes,
-        transfers=stats.transfers,
-        failures=stats.failures.total(),
-        retries=stats.retries,
-        seconds=stats.seconds,
-        queued=stats.active,
-    )

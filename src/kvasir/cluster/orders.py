@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from kvasir.cluster.messages import Message
 from kvasir.core.keys import BlockKey
 
+PinPriority = Literal["low", "normal", "high"]
 
-class ClearCache(Message, frozen=True):
+
+class Order(Message, frozen=True):
+    """Answered by OrderDone with the same `id`."""
+
+    id: int
+
+
+class ClearCache(Order, frozen=True):
     """Forget every block that no request holds, in DRAM and on the SSD."""
 
 
-class PinBlocks(Message, frozen=True):
-    """Keep these blocks, a prefix in order, for `ttl_s` from now."""
+class PinBlocks(Order, frozen=True):
+    """Keep the longest prefix of `keys` that is in DRAM, for `ttl_s` from now, and after that by its priority."""
 
     keys: tuple[BlockKey, ...]
     ttl_s: float
-    priority: int
+    priority: PinPriority
 
 
-class UnpinBlocks(Message, frozen=True):
+class UnpinBlocks(Order, frozen=True):
     """Let these blocks be evicted again."""
 
     keys: tuple[BlockKey, ...]
 
 
-class SetTenantQuota(Message, frozen=True):
+class SetTenantQuota(Order, frozen=True):
     """The tenant may have so many blocks in the node's DRAM; None: as many as it likes."""
 
     tenant: str
     blocks: int | None
 
 
-Order = ClearCache | PinBlocks | UnpinBlocks | SetTenantQuota
+AnyOrder = ClearCache | PinBlocks | UnpinBlocks | SetTenantQuota

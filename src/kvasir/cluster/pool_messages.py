@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kvasir.cluster.messages import BlocksChanged, HelloPool, Message, PeerPool, PoolReport, Shutdown
+from kvasir.cluster.messages import BlocksChanged, HelloPool, Message, OrderDone, PeerPool, PoolReport, Shutdown
+from kvasir.cluster.orders import AnyOrder
 from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import (
     AdoptLease,
@@ -88,7 +89,7 @@ class CopyBlocks(Message, frozen=True):
     keys: tuple[BlockKey, ...]
 
 
-ToPool = OwnerLost | ReleaseLease | Resync | PeersChanged | CopyBlocks | Shutdown
-"""What the hub tells a pool: an owner died, an offer is withdrawn, start over, who else is there, copy, stop."""
+ToPool = OwnerLost | ReleaseLease | Resync | PeersChanged | CopyBlocks | AnyOrder | Shutdown
+"""What the hub tells a pool: an owner died, an offer is withdrawn, start over, who else is there, copy, do as ordered, stop."""
 
-FromPool = HelloPool | BlocksChanged | PoolReport
+FromPool = HelloPool | BlocksChanged | PoolReport | OrderDone

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,7 @@ from kvasir.cluster.disk import start_disk
 from kvasir.cluster.lifeline import child_config, remove_runtime_directory, run_child
 from kvasir.cluster.messages import PeerPool, PoolReport, Shutdown
 from kvasir.cluster.mover import MessengerMover
+from kvasir.cluster.orders import Order
 from kvasir.cluster.peers import OpenChannel, Peers, tcp_channel
 from kvasir.cluster.pool_host import PoolHost
 from kvasir.cluster.pool_messages import (
@@ -37,10 +39,12 @@ from kvasir.cluster.pool_messages import (
     Resync,
     ToPool,
 )
+from kvasir.cluster.pool_orders import carry_out
 from kvasir.cluster.wire import Channel, Listener, ZmqChannel, ZmqListener, tcp_address
 from kvasir.core.errors import ConfigError, KvasirError
 from kvasir.core.pool_events import LeaseBlocks, OwnerJoined, OwnerLost, Refused, ReleaseLease
 from kvasir.core.units import format_size
+from kvasir.core.usage import TransportUsage
 from kvasir.costs.fitted import FittedCost
 from kvasir.costs.roofline import RooflineCost
 from kvasir.pool.cost_aware import block_seconds
@@ -95,6 +99,10 @@ class PoolConfig(Struct, frozen=True, forbid_unknown_fields=True):
     log_json: bool = False
 
 
+def _no_transports() -> tuple[TransportUsage, ...]:
+    return ()
+
+
 class PoolBody:
     """Runs until the hub says Shutdown or its task is cancelled."""
 
@@ -107,6 +115,7 @@ class PoolBody:
         instances: Listener[PoolCall, PoolReply],
         hub: Channel[ToPool, FromPool],
         mover: Mover | None = None,
+        usage: Callable[[], tuple[TransportUsage, ...]] = _no_transports,
         disk: Disk | None = None,
         num_layers: int = 1,
         open_channel: OpenChannel = tcp_channel,
@@ -118,6 +127,7 @@ class PoolBody:
         self._instances = instances
         self._hub = hub
         self._mover = mover
+        self._usage = usage
         self._disk = disk
         self._num_layers = num_layers
         self._open_channel = open_channel
@@ -202,6 +212,9 @@ class PoolBody:
                 case CopyBlocks(source=source, keys=keys):
                     if self._num_bringing < MAX_BRINGING:
                         self._tasks.create_task(self._bringer.copy(source, keys))
+                case Order() as order:
+                    self._hub.send(carry_out(order, self._host, self._node))
+                    self._flush_soon()
                 case Resync():
                     self._host.start_over()
                     self._flush_soon()
@@ -218,8 +231,7 @@ class PoolBody:
         since_check = 0.0
         while True:
             stats = replace(self._host.node.stats(), broken_invariants=self.broken_invariants)
-            transports = self._mover.stats() if self._mover is not None else ()
-            self._hub.send(PoolReport(self._node, stats, transports))
+            self._hub.send(PoolReport(self._node, stats, self._usage()))
             await asyncio.sleep(REPORT_S)
             since_check += REPORT_S
             if since_check >= CHECK_S:
@@ -272,6 +284,7 @@ async def serve(config: PoolConfig) -> None:
             instances=instances,
             hub=hub,
             mover=mover,
+            usage=_no_transports if mover is None else mover.usage,
             disk=await start_disk(host, ssd, stack) if ssd is not None else None,
             num_layers=config.num_layers,
         )
@@ -280,7 +293,7 @@ async def serve(config: PoolConfig) -> None:
 
 async def _reach(
     config: PoolConfig, arena: Arena, instances: ZmqListener[PoolCall, PoolReply], stack: contextlib.AsyncExitStack
-) -> tuple[PeerPool | None, Mover | None]:
+) -> tuple[PeerPool | None, MessengerMover | None]:
     """Be reachable for other nodes' pools, and able to read from their arenas; neither without an address."""
     if config.advertise is None:
         return None, None

@@ -6,12 +6,13 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from kvasir.cluster.orders import PinPriority
 from kvasir.core.commands import Decision, Fail, Reject
 from kvasir.core.errors import ClusterError
 from kvasir.core.events import InstanceInfo, InstanceLoad
 from kvasir.core.pool_events import PoolStats
 from kvasir.core.request import FinishReason, Sampling
-from kvasir.core.usage import TenantUsage, TransportStats
+from kvasir.core.usage import TenantUsage, TransportUsage
 from kvasir.engine.interface import ModelSpec, SampledToken
 
 
@@ -75,7 +76,7 @@ class ClusterStatus:
     instances: tuple[InstanceStatus, ...]
     pools: dict[str, PoolStats]
     counters: dict[str, float] = field(default_factory=dict)
-    transports: dict[str, tuple[TransportStats, ...]] = field(default_factory=dict)
+    transports: dict[str, tuple[TransportUsage, ...]] = field(default_factory=dict)
     tenants: dict[str, tuple[TenantUsage, ...]] = field(default_factory=dict)
 
 
@@ -89,38 +90,42 @@ class TimedDecision:
 
 @dataclass(frozen=True, slots=True)
 class PinStatus:
-    """A prefix that is kept from eviction for another `ttl_s`: the `num_blocks` full blocks of a prompt of `num_tokens`."""
+    """A prefix that is kept from eviction for another `ttl_s`: the `num_blocks` full blocks of a prompt of `num_tokens`.
+
+    `held` is how many of them each node had when they were pinned.
+    """
 
     id: str
     num_tokens: int
     num_blocks: int
     ttl_s: float
-    priority: int
+    priority: PinPriority
     tenant: str
+    held: dict[str, int]
 
 
 class Admin(Protocol):
-    """A cluster as its operator sees it. What tells pools raises ClusterError when one cannot be reached."""
+    """A cluster as its operator sees it. What orders pools about raises ClusterError when one cannot, or does not answer."""
 
     def decisions(self, limit: int) -> list[TimedDecision]:
         """The latest decisions, the newest first."""
         ...
 
-    def clear_cache(self) -> list[str]:
-        """Forget every block that no request holds; the nodes that were told to."""
+    async def clear_cache(self) -> dict[str, int]:
+        """Forget every block that no request holds; how many each node forgot."""
         ...
 
     def pins(self) -> list[PinStatus]: ...
 
-    def pin(self, prompt: list[int], *, salt: str, tenant: str, ttl_s: float, priority: int) -> PinStatus:
+    async def pin(self, prompt: list[int], *, salt: str, tenant: str, ttl_s: float, priority: PinPriority) -> PinStatus:
         """Keep the prompt's blocks, on every node that has them. Raises RequestError."""
         ...
 
-    def unpin(self, pin_id: str) -> PinStatus:
+    async def unpin(self, pin_id: str) -> PinStatus:
         """Raises RequestError 404."""
         ...
 
-    def set_quota(self, tenant: str, blocks: int | None) -> list[str]:
+    async def set_quota(self, tenant: str, blocks: int | None) -> dict[str, int]:
         """How many blocks the tenant may have in each node's DRAM; None lifts the quota. The nodes that were told."""
         ...
 

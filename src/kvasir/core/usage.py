@@ -5,8 +5,11 @@ from __future__ import annotations
 from msgspec import Struct
 
 
-class TransportStats(Struct, frozen=True):
-    """One transport of a node, counted since its start: transfers that this node asked for. `queued` wait now."""
+class TransportUsage(Struct, frozen=True):
+    """One transport of a node, counted since its start: transfers that this node asked for.
+
+    `queued` wait or are under way now.
+    """
 
     name: str
     bytes: int = 0

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, JsonValue
 from starlette.responses import JSONResponse, Response
 
+from kvasir.cluster.orders import PinPriority
 from kvasir.cluster.service import Admin
 from kvasir.core.errors import ConfigError, RequestError
 from kvasir.core.units import parse_duration
@@ -29,8 +30,8 @@ class PinRequest(Fields):
     cache_salt: str | None = Field(None, max_length=1024)
     ttl: float | Annotated[str, Field(max_length=32)] = "1h"
     """Seconds, or a duration such as `10m`; at most 30 days."""
-    priority: int = Field(0, ge=0, le=1000)
-    """The higher, the longer it stays when there is room for nothing else."""
+    priority: PinPriority = "normal"
+    """`low`, `normal` or `high`: which goes first once its time is over."""
     chat_template_kwargs: dict[str, JsonValue] | None = None
     add_generation_prompt: bool = False
 
@@ -61,7 +62,7 @@ def admin_routes(desk: Desk, admin: Admin) -> APIRouter:
     @router.post("/cache/clear")
     async def clear_cache() -> Response:
         """Forget every block that no request holds."""
-        return JSONResponse({"nodes": admin.clear_cache()})
+        return JSONResponse({"forgotten_blocks": await admin.clear_cache()})
 
     @router.get("/pins")
     async def pins() -> Response:
@@ -73,25 +74,26 @@ def admin_routes(desk: Desk, admin: Admin) -> APIRouter:
         fields = await desk.read(request, PinRequest)
         prompt = await _prompt(desk, fields)
         salt = Caller(fields.tenant).salt(fields.cache_salt)
-        made = admin.pin(prompt, salt=salt, tenant=fields.tenant, ttl_s=_ttl_s(fields.ttl), priority=fields.priority)
+        made = await admin.pin(prompt, salt=salt, tenant=fields.tenant, ttl_s=_ttl_s(fields.ttl), priority=fields.priority)
         return JSONResponse(pin_json(made), status_code=201)
 
     @router.delete("/pins/{pin_id}")
     async def unpin(pin_id: str) -> Response:
-        return JSONResponse(pin_json(admin.unpin(pin_id)))
+        return JSONResponse(pin_json(await admin.unpin(pin_id)))
 
     @router.put("/tenants/{tenant}/quota", openapi_extra=_takes(QuotaRequest))
     async def quota(tenant: str, request: Request) -> Response:
         """How many blocks a tenant may have on each node."""
         _check_tenant(tenant)
         fields = await desk.read(request, QuotaRequest)
-        return JSONResponse({"tenant": tenant, "blocks": fields.blocks, "nodes": admin.set_quota(tenant, fields.blocks)})
+        done = await admin.set_quota(tenant, fields.blocks)
+        return JSONResponse({"tenant": tenant, "blocks": fields.blocks, "nodes": sorted(done)})
 
     @router.delete("/tenants/{tenant}/quota")
     async def no_quota(tenant: str) -> Response:
         """The tenant may have as many blocks as there are."""
         _check_tenant(tenant)
-        return JSONResponse({"tenant": tenant, "blocks": None, "nodes": admin.set_quota(tenant, None)})
+        return JSONResponse({"tenant": tenant, "blocks": None, "nodes": sorted(await admin.set_quota(tenant, None))})
 
     return router
 

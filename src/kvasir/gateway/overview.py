@@ -63,6 +63,7 @@ def pin_json(pin: PinStatus) -> Json:
         "ttl_s": round(pin.ttl_s, 3),
         "priority": pin.priority,
         "tenant": pin.tenant,
+        "held_blocks": pin.held,
     }
 
 

@@ -156,9 +156,9 @@ class PrefillBook:
         if not order:
             return 0.0
         done_s, first_s, pending_s = self._done_s, order[0].seconds, self.pending_s
-        most_s = done_s if done_s > first_s else first_s
+        most_s = max(first_s, done_s)
         if most_s > pending_s:
             most_s = pending_s
         if now > self._as_of_s:
             done_s += (now - self._as_of_s) * self._pace
-        return done_s if done_s < most_s else most_s
+        return min(most_s, done_s)

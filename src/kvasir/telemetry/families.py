@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from kvasir.core.events import InstanceInfo, InstanceLoad
 from kvasir.core.pool_events import PoolStats
-from kvasir.core.usage import TenantUsage, TransportStats
+from kvasir.core.usage import TenantUsage, TransportUsage
 from kvasir.telemetry.histogram import Histogram
 from kvasir.telemetry.pool_families import pool_families, tenant_families, transfer_families, used_slots
 
@@ -38,7 +38,7 @@ class StatusView(Protocol):
     @property
     def counters(self) -> Mapping[str, float]: ...
     @property
-    def transports(self) -> Mapping[str, Sequence[TransportStats]]: ...
+    def transports(self) -> Mapping[str, Sequence[TransportUsage]]: ...
     @property
     def tenants(self) -> Mapping[str, Sequence[TenantUsage]]: ...
 

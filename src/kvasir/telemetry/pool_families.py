@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from kvasir.core.pool_events import PoolStats
 from kvasir.core.tier import Tier
-from kvasir.core.usage import TenantUsage, TransportStats
+from kvasir.core.usage import TenantUsage, TransportUsage
 
 STATES = ("free", "reserved", "private", "published", "leased", "loading", "spilling", "fetching", "pinned")
 """Slots of the arena by what they are now; `leased` and `pinned` ones are published as well."""
@@ -51,7 +51,7 @@ def pool_families(pools: Mapping[str, PoolStats], block_bytes: int) -> Iterator[
     yield from _counters(ordered)
 
 
-def transfer_families(transports: Mapping[str, Sequence[TransportStats]]) -> Iterator[Metric]:
+def transfer_families(transports: Mapping[str, Sequence[TransportUsage]]) -> Iterator[Metric]:
     labels = ["node", "transport"]
     counters = [
         (CounterMetricFamily(f"kvasir_transfer_{name}", text, labels=labels), name)
@@ -138,7 +138,7 @@ def _lookups(pools: Pools) -> Iterator[Metric]:
 
 def _counters(pools: Pools) -> Iterator[Metric]:
     """Whatever else a pool counts, under the name that it has there."""
-    names = [name for name in PoolStats.__struct_fields__ if name not in _OTHER_GAUGES and name not in STATES]
+    names = [name for name in _numbers(PoolStats()) if name not in _OTHER_GAUGES and name not in STATES]
     families = [CounterMetricFamily(f"kvasir_pool_{name}", f"Pool {name.replace('_', ' ')}", labels=["node"]) for name in names]
     for node, stats in pools:
         values = _numbers(stats)
@@ -148,4 +148,4 @@ def _counters(pools: Pools) -> Iterator[Metric]:
 
 
 def _numbers(stats: PoolStats) -> dict[str, int]:
-    return {name: int(value) for name, value in asdict(stats).items()}
+    return {name: value for name, value in asdict(stats).items() if isinstance(value, int)}
