@@ -185,6 +185,7 @@ class Fleet:
             taken_context=self._taken[1, rows],
             kv_tokens=self._kv_tokens[rows],
             taken_kv=self._taken[2, rows],
+            can_prefill=self._can_prefill[rows],
             stays_s=stays_s,
         )
 
@@ -341,6 +342,7 @@ class Fleet:
     def _index_roles(self) -> None:
         self._prefill_rows = _rows_where(i.info.role.can_prefill for i in self._rows)
         self._decode_rows = _rows_where(i.info.role.can_decode for i in self._rows)
+        self._can_prefill: Bools = np.array([i.info.role.can_prefill for i in self._rows], dtype=np.bool_)
         self._can_decode: Bools = np.array([i.info.role.can_decode for i in self._rows], dtype=np.bool_)
         self._prefill_ids = self._ids_of(self._prefill_rows)
         self._decode_ids = self._ids_of(self._decode_rows)
