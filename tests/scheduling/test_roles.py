@@ -149,12 +149,20 @@ def test_half_of_those_with_nothing_to_prefill_are_mixed_when_that_was_so_for_a_
     cluster = fleet(Role.MIXED, *[Role.PREFILL] * 8)
     roles = elastic()
     sit(cluster, "i0", 1)
-    assert roles.review(cluster, 0.0) == []  # nothing is known yet
-    settle(cluster, roles, 1.0, 100.0)
+    assert settle(cluster, roles, 1000.0, 1.0) == []  # a cluster that starts is about to be busy
+    settle(cluster, roles, 1002.0, 100.0)
     assert roles_of(cluster) == "mmmmppppp"
     prefill_everywhere(cluster)
-    settle(cluster, roles, 101.0, 40.0)
+    settle(cluster, roles, 1103.0, 40.0)
     assert roles_of(cluster) == "mpppppppp"
+
+
+def test_of_two_ways_that_leave_as_much_for_prefill_instances_only_decode() -> None:
+    """A mixed one without slack is only slower."""
+    cluster = fleet(Role.MIXED, Role.PREFILL, Role.PREFILL)
+    prefill_everywhere(cluster)
+    sit(cluster, "i0", 8)
+    assert elastic(DEAR).review(cluster, 0.0) == [SetRole("i0", Role.DECODE)]
 
 
 def test_when_nothing_is_enough_all_are_mixed() -> None:
@@ -200,7 +208,7 @@ def test_another_decodes_when_incoming_kv_would_fill_the_network_of_one() -> Non
     prefill_everywhere(cluster)
     sit(cluster, "i0", 2)  # 2,000 tokens: 0.2 s of network
     cluster.stays_s = 1.0
-    assert elastic().review(cluster, 0.0) == []  # 0.2 of 0.35
-    cluster.stays_s = 0.5
+    assert elastic().review(cluster, 0.0) == []
+    cluster.stays_s = 0.23
     changes = elastic().review(cluster, 0.0)
     assert [c.instance for c in changes if c.role is not Role.PREFILL] == ["i1"]

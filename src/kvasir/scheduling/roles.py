@@ -10,14 +10,12 @@ from typing import Protocol
 from kvasir.core.commands import SetRole
 from kvasir.core.request import Role
 from kvasir.costs.model import CostModel
+from kvasir.scheduling.decode_choice import FULL
 from kvasir.scheduling.fleet import Fleet, Instance
 
-LONGEST = 0.85
-"""Steps of an instance that only decodes may take this share of the TBT objective: a batch grows between two reviews."""
-
-CALM = 0.35
-"""Share of its network that an instance's incoming KV may use on average. Hand-offs come in bursts and share what there is;
-beyond a third, a burst shows in the gap between the first token and the second."""
+CALM = 0.85
+"""Share of its network that an instance's incoming KV may use on average. Most hand-offs are hidden by a prefill that takes ten
+times as long."""
 
 HOLD_S = 10.0
 """For so long other roles must be better before they are taken, unless too few decode: about half of an answer."""
@@ -60,11 +58,11 @@ class Elastic:
         self._fixed_s = costs.decode_step_s(1, 0)
         self._chunk_s = costs.prefill_s(1, 0)
         self._step_s = step_s
-        self._longest_s = max(step_s, LONGEST * tbt_s)
+        self._longest_s = max(step_s, FULL * tbt_s)
         self._transfer_s = transfer_s
         self._since_s = math.inf
-        self._busy = 0.0
-        self._seen_s: float | None = None
+        self._idle = 0.0
+        self._seen_s = math.inf
 
     def review(self, fleet: Fleet, now: float) -> list[SetRole]:
         """At once if those that decode are too few, or nobody decodes; else what was better for HOLD_S."""
@@ -89,14 +87,11 @@ class Elastic:
         return (0, enough + spare) if spare else self._cheapest(demand, len(fleet.instances))
 
     def _spare(self, fleet: Fleet, needed: int, now: float) -> int:
-        """Half of those that have nothing to prefill, beyond the `needed`, on average over HOLD_S; the others take bursts."""
-        count = len(fleet.instances)
-        busy = sum(len(instance.book) > 0 for instance in fleet.instances)
-        if self._seen_s is None:
-            self._busy, self._seen_s = float(count), now  # nobody is spare before that was seen
-        self._busy += (busy - self._busy) * -math.expm1((self._seen_s - now) / HOLD_S)
+        """Half of those that have nothing to prefill, on average over HOLD_S, beyond the `needed`; the others take bursts."""
+        idle = sum(not len(instance.book) for instance in fleet.instances)
+        self._idle += (idle - self._idle) * -math.expm1(min(0.0, self._seen_s - now) / HOLD_S)
         self._seen_s = now
-        return max(0, int((count - needed - self._busy) / 2))
+        return max(0, int((self._idle - needed) / 2))
 
     def _change(self, fleet: Fleet, only: int, mixed: int) -> list[SetRole]:
         """Who decodes goes on with it, those with most to decode with nothing else; then come those with least to prefill."""
@@ -117,20 +112,20 @@ class Elastic:
             left = max(0.0, 1.0 - only * alone)
             mixed = max(0 if only else 1, math.ceil(left / beside))
             cost = only + mixed * (1.0 - self._pace(demand, left / max(1, mixed)))
-            if only + mixed <= count and cost < least:
+            if only + mixed <= count and cost <= least:
                 best, least = (only, mixed), cost
         return best
 
     def _alone(self, demand: Demand) -> float:
         """The share of the demand that one meets which does nothing else: its steps take fixed / (1 - share * steps)."""
-        in_memory = 1.0 / (self._fixed_s * demand.held + demand.steps)
+        in_memory = FULL / (self._fixed_s * demand.held + FULL * demand.steps)
         in_time = max(NOTHING, 1.0 - self._fixed_s / self._longest_s) / demand.steps
         return min(in_memory, in_time, 1.0 / demand.network)
 
     def _beside(self, demand: Demand) -> float:
         """The share that one meets whose steps are filled up with prefill."""
         in_time = max(NOTHING, 1.0 - self._fixed_s / self._step_s) / demand.steps
-        return min(1.0 / (self._step_s * demand.held), in_time, 1.0 / demand.network)
+        return min(FULL / (self._step_s * demand.held), in_time, 1.0 / demand.network)
 
     def _pace(self, demand: Demand, share: float) -> float:
         """Seconds of prefill in a second of one that meets so much of the demand beside."""
