@@ -73,8 +73,9 @@ class Sequence:
 
     def pages_for(self, tokens: int, block_tokens: int) -> int:
         """Pages missing to hold the first `tokens` tokens, of those that will be computed."""
-        covered = min(tokens, self.end)
-        return max(0, -(-covered // block_tokens) - len(self.pages))
+        covered = tokens if tokens < self.end else self.end
+        missing = -(-covered // block_tokens) - len(self.pages)
+        return missing if missing > 0 else 0
 
 
 def sequence_of(event: Submitted, *, rank: tuple[int, float, int], block_tokens: int) -> Sequence:

@@ -109,10 +109,7 @@ class ClusterView(Struct, frozen=True, dict=True):
         """Computing the rest of the prompt on an instance that does nothing else, in its steps."""
         known = self._prefill_s.get(cached_tokens)
         if known is None:
-            new_tokens = self.num_prompt_tokens - cached_tokens
-            known = self.costs.prefill_s(new_tokens, cached_tokens)
-            if self.chunk_tokens is not None and new_tokens > self.chunk_tokens:
-                known += (-(-new_tokens // self.chunk_tokens) - 1) * self.costs.prefill_s(1, 0)
+            known = prompt_prefill_s(self.costs, self.num_prompt_tokens, cached_tokens, self.chunk_tokens)
             self._prefill_s[cached_tokens] = known
         return known
 
@@ -197,6 +194,15 @@ class ClusterView(Struct, frozen=True, dict=True):
         return Candidate(
             prefills.ids[row], wait_s, max(0.0, seconds - prefill_s), prefill_s, prefix, fetch_tokens, source, load_tokens
         )
+
+
+def prompt_prefill_s(costs: CostModel, num_prompt_tokens: int, cached_tokens: int, chunk_tokens: int | None) -> float:
+    """Computing the rest of a prompt alone, in steps of `chunk_tokens`."""
+    new_tokens = num_prompt_tokens - cached_tokens
+    seconds = costs.prefill_s(new_tokens, cached_tokens)
+    if chunk_tokens is not None and new_tokens > chunk_tokens:
+        seconds += (-(-new_tokens // chunk_tokens) - 1) * costs.prefill_s(1, 0)
+    return seconds
 
 
 def _mixed(taken: Ints, assigned: Ints, stayed: float, came: float) -> Ints:

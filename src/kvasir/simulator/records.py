@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,11 +42,12 @@ class Records:
 
 
 class RecordBook:
-    """Rows as they are written; every request must get exactly one outcome."""
+    """Rows as they are written; every request must get exactly one outcome. `then` is called at the last."""
 
-    __slots__ = ("_arrival", "_cached", "_end", "_input", "_output", "_reason", "_status", "_tbt", "_ttft", "num_ended")
+    __slots__ = ("_arrival", "_cached", "_end", "_input", "_output", "_reason", "_status", "_tbt", "_then", "_ttft", "num_ended")
 
-    def __init__(self, trace: Trace):
+    def __init__(self, trace: Trace, then: Callable[[], None]):
+        self._then = then
         count = len(trace.requests)
         self._arrival = [request.arrival_s for request in trace.requests]
         self._input = [request.input_tokens for request in trace.requests]
@@ -79,6 +81,8 @@ class RecordBook:
         if tbt_s is not None:
             self._tbt[number] = tbt_s
         self.num_ended += 1
+        if self.num_ended == len(self._status):
+            self._then()
 
     def finish(self, unloaded_prefill_s: Floats) -> Records:
         statuses = {status: index for index, status in enumerate(Status)}

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from random import Random
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvasir.scheduling.policies.interface import Choice, best_of
+from kvasir.core.commands import Candidate
+from kvasir.scheduling.policies.interface import Choice, best_of, best_of_few
 from kvasir.scheduling.view import ClusterView, Floats
+
+if TYPE_CHECKING:
+    from kvasir.scheduling.few import FewView
 
 MARGIN = 0.9
 """A plan is in time when it is predicted to need at most this share of what is left until the first token is due."""
@@ -44,6 +50,21 @@ class Kvasir:
             return alone
         return self._pipeline(view, alone)
 
+    def place_few(self, view: FewView) -> Choice | None:
+        """As `place`, but for pipelines."""
+        plans = view.local_and_fetch_s()
+        ttft_s = [wait_s + min(plan) for wait_s, plan in zip(view.wait_s, plans, strict=True)]
+        ttft_s = _where_wanted_of_few(view, ttft_s)
+
+        def plan(row: int) -> Candidate:
+            local_s, fetch_s = plans[row]
+            return view.fetch(row, fetch_s) if fetch_s < local_s else view.local(row)
+
+        alone = best_of_few(ttft_s, plan, "least TTFT of all plans")
+        if view.max_stages == 1 or alone.chosen.ttft_s <= MARGIN * view.due_in_s:
+            return alone
+        return None
+
     def _pipeline(self, view: ClusterView, alone: Choice) -> Choice:
         """Twice as many stages until it is in time or does not get faster. A stage that decodes beside would slow all down."""
         prefills = view.prefills
@@ -62,6 +83,20 @@ class Kvasir:
             return alone
         why = f"pipeline of {len(best.group)} stages, being late alone, among {len(prefills)}"
         return Choice((best, *alone.candidates[:2]), why)
+
+
+def _where_wanted_of_few(view: FewView, ttft_s: list[float]) -> list[float]:
+    """As `_where_wanted`."""
+    is_steady = [pace == 1.0 or seconds <= SLACK_HORIZON_S for pace, seconds in zip(view.pace, ttft_s, strict=True)]
+    if any(is_steady):
+        ttft_s = [seconds if steady else math.inf for seconds, steady in zip(ttft_s, is_steady, strict=True)]
+    exposed_s = view.transfer_s(view.num_prompt_tokens) - view.prefill_s(view.best_tokens)
+    if exposed_s > SMOOTH * view.tbt_s:
+        limit_s = MARGIN * view.due_in_s
+        stays = [i.info.role.can_decode and seconds <= limit_s for i, seconds in zip(view.prefillers, ttft_s, strict=True)]
+        if any(stays):
+            ttft_s = [seconds if stay else math.inf for seconds, stay in zip(ttft_s, stays, strict=True)]
+    return ttft_s
 
 
 def _where_wanted(view: ClusterView, ttft_s: Floats) -> Floats:
