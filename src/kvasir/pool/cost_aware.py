@@ -19,7 +19,7 @@ from kvasir.core.keys import BlockKey
 from kvasir.costs.model import CostModel
 from kvasir.pool.eviction import Block
 from kvasir.pool.ghosts import Ghosts
-from kvasir.pool.reuse import MAX_CLASS, ReuseRates
+from kvasir.pool.reuse import MAX_CLASS, SAMPLE, ReuseRates
 
 BlockSeconds = Callable[[int], float]
 """Seconds to compute block `depth` of a sequence when all before it is in place; never less for a deeper one."""
@@ -63,10 +63,10 @@ class CostAware:
 
     def add(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
         classes, released = self._classes, self._rates.released
+        if new := [block for block in blocks if block.class_ is None]:
+            self._meet(new, now)
         cost_class_of = self._cost_classes(max([block.deepest for block in blocks], default=0))
         for slot, block in zip(slots, blocks, strict=True):
-            if block.class_ is None:
-                self._meet(block, now)
             uses_class = _CLASS_OF_USES[min(block.past_uses + block.uses, _MANY_USES)]
             block.class_ = class_ = uses_class * COST_CLASSES + cost_class_of[block.deepest]
             block.idle_since = now
@@ -117,19 +117,25 @@ class CostAware:
         self._len -= len(slots)
         return slots
 
-    def _meet(self, block: Block, now: float) -> None:
-        """A block is idle for the first time in its slot."""
-        key = block.key
-        self._num_known += 1
-        block.past_uses = self._ghosts.recall(key) or 0
-        block.is_watched = self._rates.watches(key)
-        if block.is_watched:
-            self._rates.used(key, now)
+    def _meet(self, blocks: list[Block], now: float) -> None:
+        """These are idle for the first time in their slots."""
+        self._num_known += len(blocks)
+        keys = [block.key for block in blocks]
+        if self._ghosts.has_any(keys):
+            for block in blocks:
+                block.past_uses = self._ghosts.recall(block.key) or 0
+        for block in blocks:
+            if block.key[0] % SAMPLE == 0:
+                block.is_watched = True
+                self._rates.used(block.key, now)
 
     def _heads(self, now: float) -> list[tuple[float, int]]:
         """The worths of the heads of classes, best first."""
-        worth = self._worth
-        heads = [(worth(class_, members, now), class_) for class_, members in enumerate(self._classes) if members]
+        heads, rate = [], self._rates.rate
+        for class_, members in enumerate(self._classes):
+            if members:
+                age_s = now - next(iter(members.values())).idle_since
+                heads.append((rate(_USES_CLASS[class_], age_s) * _RELATIVE_COST[class_], class_))
         heads.sort(reverse=True)
         return heads
 

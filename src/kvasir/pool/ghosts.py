@@ -42,6 +42,9 @@ class Ghosts(Generic[T]):
             for oldest in list(islice(ghosts, max(1, self._limit // FORGOTTEN_AT_ONCE))):
                 del ghosts[oldest]
 
+    def has_any(self, keys: list[BlockKey]) -> bool:
+        return not self._past.keys().isdisjoint(keys)
+
     def recall(self, key: BlockKey) -> T | None:
         """What was left behind under the key, if anything; it is forgotten with this."""
         return self._past.pop(key, None)

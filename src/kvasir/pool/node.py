@@ -121,7 +121,7 @@ class PoolNode:
         if of_owner is None:
             return self._answer_any(event, now)
         owner = self._owners.get(event.owner)
-        if owner is None or not owner.alive or owner.epoch != event.epoch:
+        if owner is None or owner.epoch != event.epoch or not owner.alive:
             return self._refuse("stale_epoch", f"{event.owner} epoch {event.epoch} is not here; {_incarnation(owner)}")
         return of_owner(self, owner, event, now)
 
@@ -320,11 +320,12 @@ class PoolNode:
         lease = self._leases.get(event.lease)
         if lease is not None and lease.owner not in (event.owner, None):
             return self._refuse("unknown_lease", f"lease {event.lease!r} belongs to {lease.owner}, not to {event.owner}")
-        if bad := self._not_givable(owner, lease, event.slots):
-            return self._refuse("bad_slot", f"{event.owner} cannot free slots {bad}: neither reserved nor private here")
-        freed = [slot for slot in event.slots if slot in owner.reserved]
-        owner.reserved.difference_update(freed)
-        self._slots.give_back(freed)
+        if event.slots:
+            if bad := self._not_givable(owner, lease, event.slots):
+                return self._refuse("bad_slot", f"{event.owner} cannot free slots {bad}: neither reserved nor private here")
+            freed = [slot for slot in event.slots if slot in owner.reserved]
+            owner.reserved.difference_update(freed)
+            self._slots.give_back(freed)
         if lease is not None:
             self._close(event.lease, now)
         return []
@@ -333,7 +334,7 @@ class PoolNode:
         lease = self._held(owner, event.lease)
         if lease is None:
             return self._refuse("unknown_lease", f"{event.owner} does not hold lease {event.lease!r}")
-        if bad := self._not_givable(owner, lease, event.slots):
+        if event.slots and (bad := self._not_givable(owner, lease, event.slots)):
             return self._refuse("bad_slot", f"{event.owner} cannot offer slots {bad}: neither reserved nor private here")
         for slot in event.slots:
             if slot in owner.reserved:
@@ -372,7 +373,8 @@ class PoolNode:
             del self._offers[lease_id]
         else:
             del self._owners[lease.owner].leases[lease_id]
-        self._slots.give_back(lease.private)
+        if lease.private:
+            self._slots.give_back(lease.private)
         self._slots.unpin(lease.pinned, now)
 
     # --- loads and fetches -------------------------------------------------------------------------------------

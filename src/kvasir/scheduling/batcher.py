@@ -88,13 +88,13 @@ class Batcher:
     def load(self) -> InstanceLoad:
         """The queues as of the last StepDone. `free_kv_tokens` is only the stash; the body adds what the pool has free."""
         queues = self._queues
-        idle = sum(seq.has_begun for seq in queues.idle)
+        idle = sum([seq.has_begun for seq in queues.idle])
+        reading = [*queues.paused, *queues.begun, *queues.idle]
         return InstanceLoad(
             waiting=len(queues.waiting) + len(queues.ready) + len(queues.idle) - idle,
             running=queues.num_running + idle,
-            waiting_tokens=sum(seq.remaining for queue in (queues.begun, queues.waiting, queues.idle) for seq in queue),
-            context_tokens=self._decodes.context_tokens
-            + sum(seq.num_tokens for queue in (queues.paused, queues.begun, queues.idle) for seq in queue if seq.has_begun),
+            waiting_tokens=sum([seq.num_tokens - seq.num_computed for seq in (*queues.begun, *queues.waiting, *queues.idle)]),
+            context_tokens=self._decodes.context_tokens + sum([seq.num_tokens for seq in reading if seq.has_begun]),
             free_kv_tokens=len(self._stash) * self._config.block_tokens,
         )
 
@@ -234,7 +234,8 @@ class Batcher:
     # --- what follows ---
 
     def _go_on(self, commands: list[Command], now: float, *, may_ask: bool) -> None:
-        if self._step is None and self._queues.is_busy:
+        is_busy = self._queues.is_busy
+        if is_busy and self._step is None:
             if self._is_short and self._asked is None and self._former.pages_wanted() <= 0:  # who left has left enough
                 self._end_shortage()
             self._form()
@@ -244,23 +245,29 @@ class Batcher:
             if self._step is not None:
                 self._starving = None
                 commands.append(self._step)
-        if self._asked is None and may_ask:
+        if may_ask and self._asked is None:
             self._ask(commands)
+        if not is_busy or not self._queues.is_busy:
+            self._return_excess(commands)
+
+    def _return_excess(self, commands: list[Command]) -> None:
+        """Who has nothing to do keeps no more than a few pages at hand."""
         excess = len(self._stash) - self._config.stash_pages
-        if excess > 0 and not self._queues.is_busy:
+        if excess > 0:
             commands.append(ReturnPages(tuple(self._stash[-excess:])))
             del self._stash[-excess:]
 
     def _form(self) -> None:
         self._prompts = self._former.form(is_short=self._is_short, is_held=self._is_held)
         decodes = self._decodes
+        batch = len(decodes.members)
         if self._prompts:
             chunks = tuple([chunk_of(seq) for seq in self._prompts])
-            self._step = Step(chunks, len(decodes), decodes.context_tokens)
-        elif decodes.members:
+            self._step = Step(chunks, batch, decodes.context_tokens)
+        elif batch:
             most = 1 if self._former.puts_off else self._config.max_repeats
             repeats = min(most, decodes.passes_until_due()) if most > 1 else 1
-            self._step = Step((), len(decodes), decodes.context_tokens, repeats)
+            self._step = Step((), batch, decodes.context_tokens, repeats)
 
     def _ask(self, commands: list[Command]) -> None:
         wanted = self._former.pages_wanted()

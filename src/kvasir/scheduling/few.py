@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 from kvasir.core.commands import Candidate
 from kvasir.costs.model import CostModel
 from kvasir.pool.match import PrefixMatch
-from kvasir.scheduling.decode_choice import DecodeChoice, DecodeRule, least_expected_tbt, least_tbt, stay
+from kvasir.scheduling.decode_choice import FULL, DecodeChoice, DecodeRule, least_expected_tbt, least_tbt, stay
 from kvasir.scheduling.fleet import Fleet, Instance
 from kvasir.scheduling.policies.interface import Choice
 from kvasir.scheduling.view import prompt_prefill_s
@@ -148,7 +148,25 @@ def least_expected_tbt_of_few(view: FewView, prefill: Candidate | None, kv_token
     in_s, stays_s = prefill.ttft_s, view.stays_s
     stayed = max(0.0, 1.0 - in_s / stays_s)
     came = min(1.0, stays_s / in_s) if in_s > 0.0 else 1.0
-    return _least_tbt(view, prefill, kv_tokens, [_then(view.fleet, known, stayed, came) for known in view.decoders])
+    batches = [_then(view.fleet, known, stayed, came) for known in view.decoders]
+    is_shown = _row_of(view, prefill) is not None and view.transfer_s(view.num_prompt_tokens) > prefill.prefill_s
+    only = [] if is_shown else [row for row, known in enumerate(view.decoders) if not known.info.role.can_prefill]
+    if only and len(only) < len(batches):
+        rooms = [(tbt_s, row) for row in only if (tbt_s := _tbt_with_room_s(view, row, batches[row], kv_tokens)) is not None]
+        if rooms:
+            row = min(rooms)[1]
+            return _choice(view, view.decoders[row], batches[row], kv_tokens)
+    return _least_tbt(view, prefill, kv_tokens, batches)
+
+
+def _tbt_with_room_s(view: FewView, row: int, expected: _Batch, kv_tokens: int) -> float | None:
+    """The step time with the request in it where that leaves a burst room, else None."""
+    batch, context_tokens, free = expected
+    info = view.decoders[row].info
+    tbt_s = view.costs.decode_step_s(batch + 1, context_tokens + view.num_prompt_tokens)
+    held = info.kv_tokens - free + kv_tokens
+    has_room = batch + 1 <= FULL * info.max_batch and held <= FULL * info.kv_tokens and tbt_s <= FULL * view.tbt_s
+    return tbt_s if has_room else None
 
 
 def stay_of_few(view: FewView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:

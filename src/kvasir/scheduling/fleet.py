@@ -198,6 +198,7 @@ class Fleet:
             taken_context=self._taken[1, rows],
             kv_tokens=self._kv_tokens[rows],
             taken_kv=self._taken[2, rows],
+            can_prefill=self._can_prefill[rows],
             stays_s=stays_s,
         )
 
@@ -380,6 +381,7 @@ class Fleet:
         self._masks_nodes: tuple[str | None, ...] | None = None
         self._masks: list[int] = []
         self._max_kv_tokens = max((i.info.kv_tokens for i in self._decoders), default=0)
+        self._can_prefill: Bools = np.array([i.info.role.can_prefill for i in self._rows], dtype=np.bool_)
         self._can_decode: Bools = np.array([i.info.role.can_decode for i in self._rows], dtype=np.bool_)
         self._prefill_ids = self._ids_of(self._prefill_rows)
         self._decode_ids = self._ids_of(self._decode_rows)

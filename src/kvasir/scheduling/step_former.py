@@ -36,7 +36,7 @@ class StepFormer:
             self.puts_off = False
             return []
         paused, decodes = queues.paused, queues.decodes
-        num_running = queues.num_running
+        num_running = len(decodes.members) + len(paused) + len(queues.begun)
         is_running = num_running > 0
         seats = 0 if is_running and (is_short or is_held) else max_batch - num_running
         joining = queues.ready[:seats] if seats > 0 else []
@@ -49,12 +49,13 @@ class StepFormer:
         budget = self._budget([*paused, *joining])
         in_order = sorted([*paused, *prompts], key=rank_of) if is_short and is_running else [*paused, *joining, *prompts]
         step: list[Sequence] = []
+        members = decodes.members
         is_blocked = False  # for pages; who waits behind does not overtake
         for seq in in_order:
             if seq.is_decoding:
                 self._decode(seq, beside=len(step))
                 continue
-            if len(decodes) + len(step) >= max_batch or (not seq.has_begun and (is_blocked or queues.num_running >= max_batch)):
+            if len(members) + len(step) >= max_batch or (not seq.has_begun and (is_blocked or queues.num_running >= max_batch)):
                 continue
             length = budget.chunk(seq.computable, seq.num_computed, seq.share)
             if length <= 0:

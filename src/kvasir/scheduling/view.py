@@ -47,6 +47,7 @@ class DecodeColumns(Struct, frozen=True):
     """The instances that can decode, sorted by id: what each was given already, those still in prefill included.
 
     Of these, `taken_batch` with `taken_context` and `taken_kv` tokens decode now. An answer stays for about `stays_s`.
+    `can_prefill`: it may also do that.
     """
 
     ids: tuple[str, ...]
@@ -58,6 +59,7 @@ class DecodeColumns(Struct, frozen=True):
     taken_context: Ints
     kv_tokens: Ints
     taken_kv: Ints
+    can_prefill: Bools
     stays_s: float
 
     def expected(self, in_s: float) -> DecodeColumns:

@@ -12,8 +12,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from msgspec.structs import replace
-
 from kvasir.core.commands import Command, HandOff, NeedPages, Preempt, Publish, Release, ReturnPages, Starved, Step
 from kvasir.core.events import (
     Cancelled,
@@ -167,10 +165,12 @@ class SimInstance:
         """The queues now, with what waits for its KV or for pages, and what the pool could give."""
         load = self.batcher.load()
         absent = [seq for seq in self._absent if not seq.is_adopted and not seq.is_cancelled]
-        tokens = sum(seq.num_tokens - seq.prefix_tokens for seq in absent)
-        free = load.free_kv_tokens + self.memory.free_tokens
-        return replace(
-            load, waiting=load.waiting + len(absent), waiting_tokens=load.waiting_tokens + tokens, free_kv_tokens=free
+        return InstanceLoad(
+            waiting=load.waiting + len(absent),
+            running=load.running,
+            waiting_tokens=load.waiting_tokens + sum([seq.num_tokens - seq.prefix_tokens for seq in absent]),
+            context_tokens=load.context_tokens,
+            free_kv_tokens=load.free_kv_tokens + self.memory.free_tokens,
         )
 
     @property
