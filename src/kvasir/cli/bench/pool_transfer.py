@@ -65,13 +65,15 @@ def ratios(measured: list[Measured]) -> dict[str, dict[str, float]]:
     for ours, limit in (("tcp_put", "socket_put"), ("tcp_get", "socket_get"), ("shm_put", "memcpy"), ("shm_get", "memcpy")):
         over = f"{ours}_over_{limit.partition('_')[0]}"
         result[over] = {
-            f"{nbytes // KIB} KiB": round(
-                statistics.median(a / b for a, b in zip(mine, by_name[limit, nbytes], strict=True)), 3
-            )
+            _size(nbytes): round(statistics.median(a / b for a, b in zip(mine, by_name[limit, nbytes], strict=True)), 3)
             for (name, nbytes), mine in by_name.items()
             if name == ours
         }
     return result
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes // MIB} MiB" if nbytes >= MIB else f"{nbytes // KIB} KiB"
 
 
 async def _measure(working_set: int, rounds: int, sizes: tuple[int, ...]) -> list[Measured]:
