@@ -2,7 +2,7 @@
 
     python -m benchmarks.ssd --directory ~ --json
 
-Each turn writes and reads 512 MiB (256 MiB in blocks of 64 KiB) in each of the three ways, in another order every time; figures
+Each turn writes and reads 1 GiB (256 MiB in blocks of 64 KiB) in each of the three ways, in another order every time; figures
 are medians, minima and maxima over the turns, ratios medians of the turns' ratios. What is written is removed at the end.
 """
 

@@ -24,8 +24,8 @@ from kvasir.store.ssd import SsdFile, SsdOutcome, SsdQueues, SsdRead, SsdWorkers
 Direction = Literal["write", "read"]
 
 BLOCK_BYTES = (64 << 10, 1 << 20, 16 << 20)
-FILE_BYTES = 512 << 20
-"""Written and read by each in a turn; there are two such files."""
+FILE_BYTES = 1 << 30
+"""Written and read by each in a turn; there are two such files. Less, and a turn of large blocks is start and end only."""
 
 MAX_BLOCKS = 4096
 """With blocks of 64 KiB a turn is shorter: 256 MiB."""

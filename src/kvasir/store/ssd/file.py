@@ -4,8 +4,8 @@
 record's, and so must be the checksum over what was read. So nothing has to reach the disk in order, nothing is flushed, and
 neither a kill at any moment nor a power cut can do worse than lose blocks:
 
-    write:  erase the record ─▶ the data, direct ─▶ the record     a kill between: the place is empty
-    power cut: any of the last seconds' sectors are missing       a record without its data: the checksum says so at the read
+    write: the data, direct ─▶ the record     a kill between: the older record stays, and its checksum fails at the read
+    power cut: any sectors of the last seconds are missing: a checksum fails, or the block is not in the table
 """
 
 from __future__ import annotations
@@ -160,27 +160,22 @@ class SsdFile:
                     yield from self._write_run([write])
                 return
             self._note(error, "write", run[0].ssd_slot)
+            self._erase(run[0].ssd_slot)
             yield run[0], SsdOutcome.FAILED
             return
         yield from ((write, SsdOutcome.OK) for write in run)
 
     def _try_write(self, run: Sequence[SsdWrite]) -> None:
-        self._erase_run(run)
+        first = run[0].ssd_slot
+        self._records[first : first + len(run)] = [None] * len(run)
         pieces = [pieces_to_write(write.data) for write in run]
         records = [Record(w.key, next(self._sequence), data_check_of(w.data), w.depth) for w in run]
-        first = run[0].ssd_slot
         write_whole(self._ops, self._files.data_fd, _views(pieces), self._offset(first), unit=self._unit)
         if not self.is_direct:
             self._ops.sync(self._files.data_fd)  # or the page cache would hold what the arena holds, up to its limit
         self._forget_pages(run)
         self._write_records(first, [r.packed(self._files.file_id, first + i) for i, r in enumerate(records)])
         self._records[first : first + len(run)] = records
-
-    def _erase_run(self, run: Sequence[SsdWrite]) -> None:
-        first = run[0].ssd_slot
-        if any(record is not None for record in self._records[first : first + len(run)]):
-            self._records[first : first + len(run)] = [None] * len(run)
-            self._write_records(first, [EMPTY_RECORD] * len(run))
 
     def _write_records(self, first: int, packed: Sequence[bytes]) -> None:
         write_whole(self._ops, self._files.table_fd, [memoryview(b"".join(packed))], record_offset(first))

@@ -26,7 +26,7 @@ from kvasir.store.ssd.lanes import Job, Lane, OnDone
 from kvasir.store.ssd.requests import Request, SsdOutcome, SsdRead, SsdWrite
 
 SPARE_THREADS = 1
-"""Beyond the depth: when that many writes are under way, a read starts nevertheless."""
+"""When as many writes are under way as may be, a read starts nevertheless."""
 
 WORTHWHILE_BYTES = 512 << 10
 """Neighbours are taken together up to here even if threads idle: smaller operations cost more processor than they win."""
@@ -40,12 +40,17 @@ class SsdQueues:
     """How much is under way and waits at most."""
 
     depth: int = 8
-    """Operations that the disk is given at a time, in each direction."""
+    """Operations that the disk shall have at a time, in each direction. Half as many again are begun, and hashed meanwhile."""
     max_reads: int = 8192
     """Blocks that wait: a prompt of 512k tokens in blocks of 64."""
     max_writes: int = 256
     max_merged_bytes: int = 4 << 20
     """Bytes of neighbouring blocks in one operation."""
+
+    @property
+    def under_way(self) -> int:
+        """Operations begun and not over, at most, in each direction."""
+        return self.depth + self.depth // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +102,7 @@ class SsdWorkers:
         self._sweep: asyncio.TimerHandle | None = None
         self._ended = asyncio.Event()
         self._threads = [
-            threading.Thread(target=self._work, name=f"ssd-{i}", daemon=True) for i in range(queues.depth + SPARE_THREADS)
+            threading.Thread(target=self._work, name=f"ssd-{i}", daemon=True) for i in range(queues.under_way + SPARE_THREADS)
         ]
         for thread in self._threads:
             thread.start()
@@ -259,14 +264,14 @@ class SsdWorkers:
         return True
 
     def _begin_next(self) -> Callable[[], None] | None:
-        if self._reads.queue and self._reads.meter.in_flight < self._queues.depth:
+        if self._reads.queue and self._reads.meter.in_flight < self._queues.under_way:
             return partial(self._carry_out, self._reads, self._begin(self._reads))
         if self._writes.queue and self._writes.meter.in_flight < self._max_writes_now():
             return partial(self._carry_out, self._writes, self._begin(self._writes))
         return None
 
     def _max_writes_now(self) -> int:
-        return 1 if self._reads.queue or self._reads.meter.in_flight else self._queues.depth
+        return 1 if self._reads.queue or self._reads.meter.in_flight else self._queues.under_way
 
     def _begin(self, lane: Lane[Request]) -> list[Job[Request]]:
         """Take a fair share, so that merging does not make the disk's queue shorter; of small blocks more than that."""
