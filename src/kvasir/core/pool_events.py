@@ -14,6 +14,8 @@ asked for it has died, because a late byte would overwrite another's block.
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 from msgspec import Struct
 
 from kvasir.core.keys import BlockKey
@@ -36,9 +38,13 @@ class OwnerLost(PoolEvent, frozen=True):
 
 
 class PutStart(PoolEvent, frozen=True):
-    """Reserve up to `count` slots, evicting as needed; answered by Reserved, maybe with fewer."""
+    """Reserve up to `count` slots, evicting as needed; answered by Reserved, maybe with fewer.
+
+    For a `tenant` with a quota, others' blocks go only as far as the quota lets it publish.
+    """
 
     count: int
+    tenant: str = ""
 
 
 class KeyedSlot(Struct, frozen=True):
@@ -50,7 +56,8 @@ class PutEnd(PoolEvent, frozen=True):
     """Publish these filled slots under their keys; reserved ones are appended to the lease, in order, first.
 
     A slot that is private to the lease already (an adopted tail) is published where it stands. A key that is published
-    already keeps its first slot; the newcomer stays private to the lease, which pins the first one as well.
+    already keeps its first slot; the newcomer stays private to the lease, which pins the first one as well. What its tenant's
+    quota does not allow to publish stays private too, and so does all that comes after it.
     """
 
     lease: str
@@ -74,10 +81,14 @@ class PutRevoke(PoolEvent, frozen=True):
 
 
 class LeaseBlocks(PoolEvent, frozen=True):
-    """Open a lease over the longest published prefix of `keys`; answered by Leased."""
+    """Open a lease over the longest published prefix of `keys`; answered by Leased.
+
+    What is published under the lease counts for `tenant`; that tenants do not hit each other's blocks is up to the keys.
+    """
 
     lease: str
     keys: tuple[BlockKey, ...]
+    tenant: str = ""
 
 
 class ReleaseLease(PoolEvent, frozen=True):
@@ -105,7 +116,7 @@ class AdoptLease(PoolEvent, frozen=True):
 
 
 class PoolTick(PoolEvent, frozen=True):
-    """Time passed: expire offers whose deadline is over."""
+    """Time passed: offers whose deadline is over and pins end, and what the SSD has too may make room in DRAM."""
 
 
 class LoadStart(PoolEvent, frozen=True):
@@ -162,6 +173,43 @@ class Clear(PoolEvent, frozen=True):
     """Forget all blocks in DRAM and on the SSD, except those that are leased or being read."""
 
 
+class Priority(IntEnum):
+    """Of two blocks that could go, the one of lower priority goes first."""
+
+    LOW = 0
+    NORMAL = 1
+    HIGH = 2
+
+
+class Pin(PoolEvent, frozen=True):
+    """Do not evict the longest prefix of `keys`, from a sequence's first on, that is in DRAM; answered by Pinned.
+
+    Not before `until_s` (if that is past, the pin sets the priority only), and after that by `priority`, as long as the blocks
+    stay. LOW holds for blocks that only this sequence uses, until another one does. Pins of several sequences through one
+    block add up: the longest time, the highest priority. Refused (`pins_full`) when over half of the slots would be pinned.
+    """
+
+    keys: tuple[BlockKey, ...]
+    until_s: float
+    priority: Priority = Priority.NORMAL
+
+
+class Unpin(PoolEvent, frozen=True):
+    """Take back what pins said of these blocks, from the last one to where a longer sequence that is pinned goes on."""
+
+    keys: tuple[BlockKey, ...]
+
+
+class SetQuota(PoolEvent, frozen=True):
+    """At most `slots` published blocks of `tenant` from now on, or any number if None.
+
+    At its quota a tenant's own idle blocks make room for its new ones. What it has too many of goes when it is idle.
+    """
+
+    tenant: str
+    slots: int | None
+
+
 class SpillDone(PoolEvent, frozen=True):
     """Said by the pool's body: the write of a Spill is over; the block can be read from the SSD now if it is `ok`."""
 
@@ -199,6 +247,12 @@ class Leased(PoolAnswer, frozen=True):
     on_ssd: int = 0
 
 
+class Pinned(PoolAnswer, frozen=True):
+    """The pin is on this many blocks, the first of those that were named."""
+
+    num_blocks: int
+
+
 class Loading(PoolAnswer, frozen=True):
     """To the pool's body: read `ssd_slots` into `slots`, each into its own, and say LoadDone. Empty: nothing to say."""
 
@@ -233,7 +287,7 @@ class Spill(PoolAnswer, frozen=True):
 class Refused(PoolAnswer, frozen=True):
     """Nothing was changed. `message` is one line.
 
-    `code` is `stale_epoch`, `unknown_lease`, `lease_exists`, `loading` or `bad_slot`.
+    `code` is `stale_epoch`, `unknown_lease`, `lease_exists`, `loading`, `bad_slot`, `bad_quota` or `pins_full`.
     """
 
     code: str
@@ -248,16 +302,30 @@ class Stored(PoolAnswer, frozen=True):
 
 
 class Removed(PoolAnswer, frozen=True):
-    """To whoever keeps a directory: these blocks are gone from this tier. `reason` is `evicted`, `failed` or `cleared`."""
+    """To whoever keeps a directory: these blocks are gone from this tier.
+
+    `reason` is `evicted` (space was needed), `quota` (a tenant had too many), `demoted` (ahead of need; the SSD has it),
+    `failed` (could not be read) or `cleared` (on request).
+    """
 
     keys: tuple[BlockKey, ...]
     reason: str
     tier: Tier = Tier.DRAM
 
 
+class TenantStats(Struct, frozen=True):
+    """Blocks of one tenant in DRAM; the empty name is everybody who gave none. Without a `quota` there is no limit."""
+
+    tenant: str
+    published: int
+    quota: int | None
+
+
 class PoolStats(Struct, frozen=True):
     """Counts since the start, and the state now, in slots.
 
+    `evictions` of DRAM blocks are counted whatever the reason, `quota_evictions` and `demotions` of them apart. `tenants` are
+    those that are named anywhere, by name, once the first one is. `over_quota` counts blocks that stayed private.
     `fetching` slots are being filled from other nodes; `fetched` and `failed_fetches` count blocks.
     Of the SSD: `ssd_published` blocks can be read, `writing` are being written; `spilling` and `loading` are DRAM slots
     that a write (of a block evicted meanwhile) or a read keeps; `spills_waiting` blocks wait to be written. `spilled`,
@@ -281,6 +349,11 @@ class PoolStats(Struct, frozen=True):
     fetching: int = 0
     fetched: int = 0
     failed_fetches: int = 0
+    pinned: int = 0
+    quota_evictions: int = 0
+    demotions: int = 0
+    over_quota: int = 0
+    tenants: tuple[TenantStats, ...] = ()
     refusals: int = 0
     broken_invariants: int = 0
     ssd_slots: int = 0

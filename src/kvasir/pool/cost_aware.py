@@ -88,6 +88,7 @@ class CostAware:
     def forget(self, slot: int, block: Block, now: float) -> None:
         assert block.class_ is not None, "a block that is idle has a class"
         del self._classes[block.class_][slot]
+        block.class_ = None
         self._len -= 1
         self._num_known -= 1
         self._order_now = math.nan

@@ -24,7 +24,8 @@ class Lease:
     """Slot i of `slots` holds block i. `owner` is None while the lease is on offer, until `deadline_s`.
 
     `private` maps each private slot to its place in `slots`; `pinned` are the published blocks that this lease keeps, in
-    order of depth: those in `slots`, and the first copies of those whose own slot is a private duplicate.
+    order of depth: those in `slots`, and the first copies of those whose own slot is a private duplicate. `is_full`: its
+    `tenant`'s quota did not allow one of its blocks to be published, so that none after it may be.
     """
 
     owner: str | None
@@ -32,6 +33,8 @@ class Lease:
     pinned: list[int]
     private: dict[int, int] = field(default_factory=dict)
     deadline_s: float = 0.0
+    tenant: str = ""
+    is_full: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ a lease pins every published block of its sequence, so an evictor that honours t
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, assert_never
 
 from msgspec.structs import replace
@@ -40,6 +40,8 @@ from kvasir.core.pool_events import (
     OfferLease,
     OwnerJoined,
     OwnerLost,
+    Pin,
+    Pinned,
     PoolAnswer,
     PoolEvent,
     PoolStats,
@@ -52,13 +54,16 @@ from kvasir.core.pool_events import (
     ReleaseLease,
     Removed,
     Reserved,
+    SetQuota,
     SpillDone,
     SsdFound,
     Stored,
+    Unpin,
 )
 from kvasir.core.tier import Tier
-from kvasir.pool.eviction import Eviction, Lru
+from kvasir.pool.eviction import Block, Eviction, Lru
 from kvasir.pool.leases import Lease, Load, Owner, ledger_problems
+from kvasir.pool.retention import Retention
 from kvasir.pool.slots import SlotTable
 from kvasir.pool.ssd import SsdTier
 
@@ -68,7 +73,7 @@ STORY_LENGTH = 64
 MAX_SPILLING = 32
 """Blocks on their way to the SSD at a time: with blocks of some MiB, enough to keep it busy and little to hold back."""
 
-Code = Literal["stale_epoch", "unknown_lease", "lease_exists", "loading", "bad_slot"]
+Code = Literal["stale_epoch", "unknown_lease", "lease_exists", "loading", "bad_slot", "bad_quota", "pins_full"]
 
 
 @dataclass(slots=True)
@@ -77,16 +82,20 @@ class Counters:
 
     lookups: int = 0
     hits: int = 0
-    evictions: int = 0
     duplicates: int = 0
     expired_offers: int = 0
     fetched: int = 0
     failed_fetches: int = 0
+    over_quota: int = 0
     refusals: int = 0
+    evictions: Counter[str] = field(default_factory=Counter)
 
 
 class PoolNode:
-    """Takes events of core/pool_events.py and answers. Without `ssd_slots` there is no SSD."""
+    """Takes events of core/pool_events.py and answers. Without `ssd_slots` there is no SSD.
+
+    With `low_free`, a PoolTick that finds fewer slots free evicts up to `high_free` ahead of need, if the SSD has them too.
+    """
 
     def __init__(
         self,
@@ -96,6 +105,8 @@ class PoolNode:
         ssd_slots: int = 0,
         ssd_eviction: Eviction | None = None,
         max_spilling: int = MAX_SPILLING,
+        low_free: int = 0,
+        high_free: int = 0,
     ):
         self.num_slots = num_slots
         self._slots = SlotTable(num_slots, eviction if eviction is not None else Lru())
@@ -109,11 +120,17 @@ class PoolNode:
         self._offers: dict[str, None] = {}
         self._story: deque[tuple[float, PoolEvent]] = deque(maxlen=STORY_LENGTH)
         self._counters = Counters()
+        self._low_free, self._high_free = low_free, max(low_free, high_free)
+        self._retention: Retention | None = None
+        if low_free:
+            self._retain()
 
     def handle(self, event: PoolEvent, now: float) -> list[PoolAnswer]:
         """Answers to the owner that asked, Stored and Removed to whoever keeps a directory, the rest to the body."""
         self._story.append((now, event))
         answers = self._answer(event, now)
+        if self._retention is not None:
+            answers += self._evicted(self._retention.trim(now), "quota", now)
         return answers if self._ssd is None else answers + self._spill(self._ssd, now)
 
     def _answer(self, event: PoolEvent, now: float) -> list[PoolAnswer]:
@@ -129,7 +146,7 @@ class PoolNode:
         """What does not need a living owner."""
         match event:
             case PoolTick():
-                return self._expire_offers(now)
+                return self._tick(now)
             case SpillDone():
                 return self._end_spill(event, now)
             case LoadDone():
@@ -167,14 +184,19 @@ class PoolNode:
             owners=sum(owner.alive for owner in self._owners.values()),
             lookups=counters.lookups,
             hits=counters.hits,
-            evictions=counters.evictions,
+            evictions=counters.evictions.total(),
             duplicates=counters.duplicates,
             expired_offers=counters.expired_offers,
             fetching=sum(len(load.slots) for load in self._loads.values() if load.ssd_slots is None),
             fetched=counters.fetched,
             failed_fetches=counters.failed_fetches,
+            quota_evictions=counters.evictions["quota"],
+            demotions=counters.evictions["demoted"],
+            over_quota=counters.over_quota,
             refusals=counters.refusals,
         )
+        if self._retention is not None:
+            stats = replace(stats, pinned=self._retention.pins.num_pinned, tenants=self._retention.quotas.stats())
         return stats if self._ssd is None else self._with_ssd(stats, self._ssd)
 
     def check(self) -> None:
@@ -183,6 +205,8 @@ class PoolNode:
         problems += ledger_problems(self._slots, self._owners, self._leases, self._offers, self._loads)
         if self._ssd is not None:
             problems += self._ssd.problems(load.ssd_slots for load in self._loads.values() if load.ssd_slots is not None)
+        if self._retention is not None:
+            problems += self._retention.problems()
         if problems:
             story = "".join(f"\n  {now:.6f} {_line(event)}" for now, event in self._story)
             raise InvariantError(f"{'; '.join(problems)}. What happened last:{story}")
@@ -220,7 +244,7 @@ class PoolNode:
     # --- puts --------------------------------------------------------------------------------------------------
 
     def _reserve(self, owner: Owner, event: PutStart, now: float) -> list[PoolAnswer]:
-        slots, removed = self._take(event.count, now)
+        slots, removed = self._take(event.count, now, event.tenant)
         owner.reserved.update(slots)
         return [*removed, Reserved(slots)]
 
@@ -228,31 +252,39 @@ class PoolNode:
         lease = self._held(owner, event.lease)
         if lease is None:
             return self._refuse("unknown_lease", f"{event.owner} does not hold lease {event.lease!r}")
-        slots, removed = self._take(len(event.keys), now)
+        slots, removed = self._take(len(event.keys), now, lease.tenant)
         if not slots:
             return [*removed, Reserved(())]
         keys = event.keys if len(slots) == len(event.keys) else event.keys[: len(slots)]
-        if self._slots.publish_new(keys, slots, len(lease.slots)):
+        if self._retention is None and self._slots.publish_new(keys, slots, len(lease.slots)):
             lease.slots += slots
             lease.pinned += slots
             stored = keys
-        else:
-            owner.reserved.update(slots)
-            blocks = [KeyedSlot(key, slot) for key, slot in zip(keys, slots, strict=True)]
-            stored = tuple(self._fill(owner, lease, blocks, now))
-        if self._ssd is not None:
-            self._ssd.published(stored, now)
-        return [*removed, Reserved(slots), Stored(stored)] if stored else [*removed, Reserved(slots)]
+            if self._ssd is not None:
+                self._ssd.published(stored, now)
+            return [*removed, Reserved(slots), Stored(stored)]
+        owner.reserved.update(slots)
+        blocks = tuple([KeyedSlot(key, slot) for key, slot in zip(keys, slots, strict=True)])
+        return [*removed, Reserved(slots), *self._publish(owner, PutEnd(event.owner, event.epoch, event.lease, blocks), now)]
 
-    def _take(self, count: int, now: float) -> tuple[tuple[int, ...], list[PoolAnswer]]:
+    def _take(self, count: int, now: float, tenant: str = "") -> tuple[tuple[int, ...], list[PoolAnswer]]:
         """Slots, and what to say about the blocks that were evicted for them."""
+        removed: list[PoolAnswer] = []
+        if self._retention is not None and (room := self._retention.quotas.room(tenant)) is not None:
+            own = self._retention.evict_own(tenant, count - room - len(self._slots.free), now)
+            removed = self._evicted(own, "quota", now)
+            count = min(count, len(self._slots.free) + room)
         taken = self._slots.take(count, now)
-        if not taken.evicted:
-            return taken.slots, []
-        self._counters.evictions += len(taken.evicted)
+        return taken.slots, removed + self._evicted(taken.evicted, "evicted", now)
+
+    def _evicted(self, blocks: Sequence[Block], reason: str, now: float) -> list[PoolAnswer]:
+        """DRAM let go of these."""
+        if not blocks:
+            return []
+        self._counters.evictions[reason] += len(blocks)
         if self._ssd is not None:
-            self._ssd.evicted(taken.evicted, now)
-        return taken.slots, [Removed(tuple([block.key for block in taken.evicted]), "evicted")]
+            self._ssd.evicted(blocks, now)
+        return [Removed(tuple([block.key for block in blocks]), reason)]
 
     def _publish(self, owner: Owner, event: PutEnd, now: float) -> list[PoolAnswer]:
         lease = self._held(owner, event.lease)
@@ -260,10 +292,14 @@ class PoolNode:
             return self._refuse("unknown_lease", f"{event.owner} does not hold lease {event.lease!r}")
         if bad := self._not_givable(owner, lease, [block.slot for block in event.blocks]):
             return self._refuse("bad_slot", f"{event.owner} cannot publish slots {bad}: neither reserved nor private here")
-        stored = self._fill(owner, lease, event.blocks, now)
+        removed: list[PoolAnswer] = []
+        if self._retention is None:
+            stored = self._fill(owner, lease, event.blocks, now)
+        else:
+            stored, removed = self._fill_for_tenant(self._retention, owner, lease, event.blocks, now)
         if self._ssd is not None:
             self._ssd.published(stored, now)
-        return [Stored(tuple(stored))] if stored else []
+        return [*removed, Stored(tuple(stored))] if stored else removed
 
     def _fill(self, owner: Owner, lease: Lease, blocks: Sequence[KeyedSlot], now: float) -> list[BlockKey]:
         """Publish what the lease holds or the owner has reserved; the keys that were not published before."""
@@ -308,7 +344,9 @@ class PoolNode:
         slots = self._slots.pin_prefix(event.keys, now)
         self._counters.lookups += len(event.keys)
         self._counters.hits += len(slots)
-        self._leases[event.lease] = Lease(event.owner, slots, slots.copy())
+        self._leases[event.lease] = Lease(event.owner, slots, slots.copy(), tenant=event.tenant)
+        if event.tenant and self._retention is None:
+            self._retain()
         owner.leases[event.lease] = None
         if self._ssd is None:
             return [Leased(event.lease, tuple(slots))]
@@ -383,7 +421,7 @@ class PoolNode:
         if refusal := self._refuse_load(owner, event):
             return refusal
         found = self._ssd.prefix(event.keys) if self._ssd is not None else []
-        slots, removed = self._take(len(found), now)
+        slots, removed = self._take(len(found), now, self._leases[event.lease].tenant)
         ssd_slots = tuple(found[: len(slots)])
         if self._ssd is not None and slots:
             self._ssd.pin(ssd_slots, now)
@@ -393,7 +431,7 @@ class PoolNode:
     def _start_fetch(self, owner: Owner, event: FetchStart, now: float) -> list[PoolAnswer]:
         if refusal := self._refuse_load(owner, event):
             return refusal
-        slots, removed = self._take(event.count, now)
+        slots, removed = self._take(event.count, now, self._leases[event.lease].tenant)
         if slots:
             self._loads[event.lease] = Load(owner, self._leases[event.lease], slots)
         return [*removed, Fetching(event.lease, slots)]
@@ -438,6 +476,74 @@ class PoolNode:
         self._slots.give_back(load.slots[num_good:])
         load.owner.reserved.update(load.slots[:num_good])
         return [Loaded(lease_id, load.slots[:num_good])]
+
+    # --- what is kept, and whose it is -------------------------------------------------------------------------
+
+    def _retain(self) -> Retention:
+        """The order that knows pins and quotas, from the first one on."""
+        if self._retention is None:
+            self._retention = self._slots.reorder(Retention)
+        return self._retention
+
+    def _pin(self, owner: Owner, event: Pin, now: float) -> list[PoolAnswer]:
+        pins = self._retain().pins
+        num_blocks = self._retain().pin(event.keys, event.until_s, event.priority, now)
+        if num_blocks is None:
+            return self._refuse(
+                "pins_full", f"{pins.num_pinned} of at most {pins.max_pinned} slots are pinned; unpin some first"
+            )
+        return [Pinned(num_blocks)]
+
+    def _unpin(self, owner: Owner, event: Unpin, now: float) -> list[PoolAnswer]:
+        if self._retention is not None:
+            self._retention.unpin(event.keys, now)
+        return []
+
+    def _set_quota(self, owner: Owner, event: SetQuota, now: float) -> list[PoolAnswer]:
+        if event.slots is not None and event.slots < 0:
+            return self._refuse("bad_quota", f"a quota is 0 slots or more, got {event.slots} for {event.tenant!r}")
+        limits = self._retain().quotas.limits
+        limits.pop(event.tenant, None)
+        if event.slots is not None:
+            limits[event.tenant] = event.slots
+        return []
+
+    def _tick(self, now: float) -> list[PoolAnswer]:
+        answers = self._expire_offers(now)
+        if self._retention is None:
+            return answers
+        self._retention.expire(now)
+        if self._ssd is None or len(self._slots.free) >= self._low_free:
+            return answers
+        return answers + self._evicted(self._retention.evict_copies(self._high_free, self._ssd.index, now), "demoted", now)
+
+    def _fill_for_tenant(
+        self, retention: Retention, owner: Owner, lease: Lease, blocks: Sequence[KeyedSlot], now: float
+    ) -> tuple[list[BlockKey], list[PoolAnswer]]:
+        """As `_fill`, as far as the tenant's quota goes; the rest is private to the lease. And what had to go for it."""
+        quotas, tenant = retention.quotas, lease.tenant
+        stored: list[BlockKey] = []
+        gone: list[Block] = []
+        for block in blocks:
+            if not lease.is_full and block.key not in self._slots.index and quotas.room(tenant) == 0:
+                own = retention.evict_own(tenant, 1, now)
+                gone += own
+                lease.is_full = not own
+            if lease.is_full:
+                self._hold(owner, lease, block.slot)
+                continue
+            if new := self._fill(owner, lease, (block,), now):
+                quotas.entered(block.slot, tenant)
+                stored += new
+        return stored, self._evicted(gone, "quota", now)
+
+    def _hold(self, owner: Owner, lease: Lease, slot: int) -> None:
+        """What stays private to the lease instead of being published."""
+        self._counters.over_quota += 1
+        if slot in owner.reserved:
+            owner.reserved.remove(slot)
+            lease.private[slot] = len(lease.slots)
+            lease.slots.append(slot)
 
     # --- forgetting --------------------------------------------------------------------------------------------
 
@@ -520,6 +626,9 @@ _OF_OWNERS: dict[type[PoolEvent], Callable[[PoolNode, Owner, Any, float], list[P
     LoadStart: PoolNode._start_load,
     FetchStart: PoolNode._start_fetch,
     DropBlocks: PoolNode._drop,
+    Pin: PoolNode._pin,
+    Unpin: PoolNode._unpin,
+    SetQuota: PoolNode._set_quota,
     Clear: PoolNode._clear,
     ReleaseLease: PoolNode._release,
     OfferLease: PoolNode._offer,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from kvasir.core.keys import BlockKey
 from kvasir.pool.eviction import Block, Eviction
+
+T = TypeVar("T", bound=Eviction)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +134,23 @@ class SlotTable:
             if slot is None or self.pins[slot]:
                 continue
             self._idle.forget(slot, self.block(slot), now)
-            self._unpublish(slot)
+            self.unpublish(slot)
             gone.append(key)
         return gone
+
+    def unpublish(self, slot: int) -> Block:
+        """Free the slot of a block that nobody leases and that has left the eviction order."""
+        block = self.block(slot)
+        del self.index[block.key]
+        self._blocks[slot] = None
+        if slot not in self.writing:
+            self.free.append(slot)
+        return block
+
+    def reorder(self, order: Callable[[SlotTable, Eviction], T]) -> T:
+        """Put another order around the present one."""
+        self._idle = idle = order(self, self._idle)
+        return idle
 
     def is_pinned(self, key: BlockKey) -> bool:
         """Whether the block is published and leased."""
@@ -166,12 +183,6 @@ class SlotTable:
             pins[slot] += 1
         if idle:
             self._idle.remove(idle, blocks, now)
-
-    def _unpublish(self, slot: int) -> None:
-        del self.index[self.block(slot).key]
-        self._blocks[slot] = None
-        if slot not in self.writing:
-            self.free.append(slot)
 
     def _evict(self, count: int, now: float) -> list[Block]:
         evicted: list[Block] = []
