@@ -96,6 +96,7 @@ class _Filling:
 
     lease: str
     keys: tuple[BlockKey, ...]
+    tenant: str = ""
     there: tuple[int, ...] = ()
     coming: tuple[int, ...] = ()
     started_s: float = 0.0
@@ -137,7 +138,7 @@ class Bringer:
 
     async def bring(self, want: BringBlocks) -> Leased | Refused:
         """Wait `within_s` for the planned prefix, then lease what is there; what comes later is for others."""
-        filling = _Filling(f"bring#{next(self._numbers)}", want.keys[: want.blocks])
+        filling = _Filling(f"bring#{next(self._numbers)}", want.keys[: want.blocks], want.tenant)
         task = self._tasks.create_task(self._fill(filling, want.sources, FETCH))
         give_up = self._clock() + want.within_s
         while not task.done() and (left_s := give_up - self._clock()) > 0.0:
@@ -147,7 +148,7 @@ class Bringer:
             moved = asyncio.ensure_future(filling.moved.wait())
             await asyncio.wait({task, moved}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             moved.cancel()
-        answer = self._host.ask(LeaseBlocks(want.owner, want.epoch, want.lease, want.keys))
+        answer = self._host.ask(LeaseBlocks(want.owner, want.epoch, want.lease, want.keys, want.tenant))
         self._release_after(task, filling)
         assert isinstance(answer, Leased | Refused), answer
         return answer
@@ -176,7 +177,7 @@ class Bringer:
         lost = [] if has_come else list(filling.coming)
         if want is not None and has_come:
             slots = filling.there + filling.coming
-            leased = self._host.ask(LeaseBlocks(want.owner, want.epoch, want.lease, want.keys[: len(slots)]))
+            leased = self._host.ask(LeaseBlocks(want.owner, want.epoch, want.lease, want.keys[: len(slots)], want.tenant))
             if isinstance(leased, Leased):
                 # where another copy came first, whoever computes reads ours, which nobody keeps
                 lost = [slot for slot, first in zip(slots, leased.slots, strict=False) if slot != first]
@@ -223,7 +224,7 @@ class Bringer:
         """
         lease, keys = filling.lease, filling.keys
         while True:
-            leased = self._host.ask(LeaseBlocks(MESSENGER, MESSENGER_EPOCH, lease, keys))
+            leased = self._host.ask(LeaseBlocks(MESSENGER, MESSENGER_EPOCH, lease, keys, filling.tenant))
             assert isinstance(leased, Leased), leased
             missing = keys[len(leased.slots) :]
             if not missing or (other := self._under_way.get(missing[0])) is None:
@@ -293,7 +294,7 @@ class Bringer:
     async def _receive(self, want: ReceiveLease) -> None:
         """A hand-off, with its partly filled last block; what of it is here already is not moved."""
         lease, peer = want.lease, self._peers.get(want.source)
-        own = self._host.handle(LeaseBlocks(MESSENGER, MESSENGER_EPOCH, lease, want.keys))
+        own = self._host.handle(LeaseBlocks(MESSENGER, MESSENGER_EPOCH, lease, want.keys, want.tenant))
         if not isinstance(own, Leased):
             raise ClusterError(f"cannot open lease {lease!r} here: {own}")
         num_own, slots = len(own.slots), tuple[int, ...]()

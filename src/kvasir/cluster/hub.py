@@ -472,6 +472,7 @@ class Hub:
             rank=rank,
             prefix=prefix,
             source=source,
+            tenant=submission.tenant,
         )
         if not self._send(instance, message):
             self._counters["undelivered"] += 1

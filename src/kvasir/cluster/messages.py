@@ -62,6 +62,7 @@ class RunRequest(Message, frozen=True):
     rank: float | None = None
     prefix: PrefixPlan | None = None
     source: str | None = None
+    tenant: str = ""
 
 
 class CancelRun(Message, frozen=True):

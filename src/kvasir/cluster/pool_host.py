@@ -13,6 +13,7 @@ from kvasir.core.pool_events import (
     Loaded,
     Loading,
     OwnerJoined,
+    Pinned,
     PoolEvent,
     PoolTick,
     Refused,
@@ -33,7 +34,7 @@ MESSENGER = "messenger"
 MESSENGER_EPOCH = 0
 """Owner of what the pool's own body brings: it lives as long as the pool."""
 
-Answer = Reserved | Leased | Loading | Fetching | Loaded | Refused | None
+Answer = Reserved | Leased | Loading | Fetching | Loaded | Pinned | Refused | None
 
 
 class PoolHost:
@@ -70,7 +71,7 @@ class PoolHost:
                     self.arena.generations[list(slots)] += 1
                     self.arena.missing[list(slots)] = 0
                     answer = said
-                case Leased() | Loaded() | Refused():
+                case Leased() | Loaded() | Pinned() | Refused():
                     answer = said
                 case Spill():
                     self.on_spill(said)
@@ -81,8 +82,13 @@ class PoolHost:
     def ask(self, event: PoolEvent) -> Reserved | Leased | Refused | None:
         """As `handle`, for an event that brings nothing from elsewhere."""
         answer = self.handle(event)
-        assert not isinstance(answer, Loading | Fetching | Loaded), answer
+        assert not isinstance(answer, Loading | Fetching | Loaded | Pinned), answer
         return answer
+
+    @property
+    def now(self) -> float:
+        """By the clock that the brain hears."""
+        return self._clock()
 
     @property
     def has_changes(self) -> bool:
