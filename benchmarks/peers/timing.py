@@ -38,7 +38,7 @@ def address(memory: npt.NDArray[np.uint8]) -> int:
 
 
 def report(ways: Mapping[str, tuple[Move, int]], nbytes: int, sizes: tuple[int, ...] = SIZES) -> None:
-    """Print GB/s of each way (its move, and how many pieces it takes at a time) and size; measured twice, the first to warm up."""
+    """Print GB/s of each way (its move, and how many pieces it takes at a time) and size, of the second of two turns."""
     speeds: dict[str, float] = {}
     for _ in range(2):
         for name, (move, batch) in ways.items():

@@ -145,6 +145,26 @@ async def test_a_cancelled_read_writes_nothing_after_it_ended(make: Make) -> Non
         assert np.array_equal(it.target.memory, after), "and the next read is not disturbed"
 
 
+async def test_a_read_whose_deadline_is_over_says_so(make: Make) -> None:
+    spans = [SpanPair(slot, slot, 0, SLOT_BYTES) for slot in range(NUM_SLOTS)]
+    async with bed(make) as it:
+        with pytest.raises(TransferError) as raised:
+            await it.transport.read(it.peer, spans, deadline_s=soon(-1.0))
+        assert raised.value.cause == "stalled"
+
+
+async def test_a_closed_transport_ends_its_reads_and_takes_no_more(make: Make) -> None:
+    spans = [SpanPair(slot, slot, 0, SLOT_BYTES) for slot in range(NUM_SLOTS)]
+    async with bed(make) as it:
+        task = asyncio.create_task(it.transport.read(it.peer, spans, deadline_s=soon()))
+        await asyncio.sleep(0)
+        await it.transport.close()
+        (outcome,) = await asyncio.gather(task, return_exceptions=True)
+        assert outcome is None or isinstance(outcome, TransferError)
+        with pytest.raises(TransferError):
+            await it.transport.read(it.peer, spans, deadline_s=soon())
+
+
 async def test_no_bytes_are_no_work(make: Make) -> None:
     async with bed(make) as it:
         await it.transport.read(it.peer, [], deadline_s=soon())

@@ -88,6 +88,10 @@ class Path:
             raise TransferError(f"{self.peer} closed its connections", cause="cut")
         if len(self._queue) >= self._limits.max_queued:
             raise TransferError(f"{len(self._queue)} transfers wait for {self.peer}; no more are taken", cause="refused")
+        stream = min(self._streams, key=_nbytes)
+        if not self._queue and not transfer.is_long and stream.nbytes < self._limits.window_bytes:
+            stream.start(transfer, transfer.take())  # the short way of a short transfer
+            return
         self._queue.add(transfer)
         for stream in sorted(self._streams, key=_nbytes):
             self._pump(stream)
