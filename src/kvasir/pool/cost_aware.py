@@ -40,14 +40,31 @@ def block_seconds(costs: CostModel, block_tokens: int) -> BlockSeconds:
     return lambda depth: costs.prefill_s(block_tokens, depth * block_tokens)
 
 
+class _Run:
+    """Idle blocks of one sequence that were released together and are of one class, deepest first.
+
+    What is evicted goes from its start, and what is leased again, a prefix of the sequence, from its end.
+    """
+
+    __slots__ = ("blocks", "since", "slots")
+
+    def __init__(self, since: float):
+        self.slots: list[int] = []
+        self.blocks: list[Block] = []
+        self.since = since
+
+
 class CostAware:
-    """O(1) a block; a first victim at some time costs one look at each class in use, further ones at that time O(1)."""
+    """O(1) a block, and most of it is done for runs of blocks; a first victim at some time costs one look at each class in
+    use, further ones at that time O(1).
+    """
 
     def __init__(self, seconds: BlockSeconds):
         self._seconds = seconds
         self._rates = ReuseRates()
         self._ghosts: Ghosts[int] = Ghosts()
-        self._classes: list[OrderedDict[int, Block]] = [OrderedDict() for _ in range(_NUM_CLASSES)]
+        self._classes: list[OrderedDict[int, _Run]] = [OrderedDict() for _ in range(_NUM_CLASSES)]  # by number, oldest first
+        self._num_runs = 0  # so far, which numbers the next; a block notes in which it is
         self._class_of_depth: list[int] = []
         self._num_known = 0  # blocks that have been idle in their slot
         self._len = 0
@@ -58,30 +75,43 @@ class CostAware:
         return self._len
 
     def __iter__(self) -> Iterator[int]:
-        for members in self._classes:
-            yield from members
+        for runs in self._classes:
+            for run in runs.values():
+                yield from run.slots
 
     def add(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
-        classes, released = self._classes, self._rates.released
         if new := [block for block in blocks if block.class_ is None]:
             self._meet(new, now)
+        classes, released, number = self._classes, self._rates.released, self._num_runs
         cost_class_of = self._cost_classes(max([block.deepest for block in blocks], default=0))
+        run, of_run = _Run(now), None
         for slot, block in zip(slots, blocks, strict=True):
             uses_class = _CLASS_OF_USES[min(block.past_uses + block.uses, _MANY_USES)]
-            block.class_ = class_ = uses_class * COST_CLASSES + cost_class_of[block.deepest]
-            block.idle_since = now
-            classes[class_][slot] = block
+            class_ = uses_class * COST_CLASSES + cost_class_of[block.deepest]
+            if class_ != of_run:
+                number += 1
+                run, of_run = _Run(now), class_
+                classes[class_][number] = run
+            block.class_, block.run = class_, number
+            run.slots.append(slot)
+            run.blocks.append(block)
             if block.is_watched:
                 released(block.key, uses_class, now)
+        self._num_runs = number
         self._len += len(slots)
         self._order_now = math.nan
 
     def remove(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
-        classes, used = self._classes, self._rates.used
         for slot, block in zip(slots, blocks, strict=True):
-            del classes[block.class_][slot]  # type: ignore[index]  # a block that is idle has a class
+            assert block.class_ is not None, "a block that is idle has a class"
+            runs = self._classes[block.class_]
+            run = runs[block.run]
+            place = -1 if run.slots[-1] == slot else run.slots.index(slot)
+            del run.slots[place], run.blocks[place]
+            if not run.slots:
+                del runs[block.run]
             if block.is_watched:
-                used(block.key, now)
+                self._rates.used(block.key, now)
         self._len -= len(slots)
         self._order_now = math.nan
 
@@ -92,21 +122,27 @@ class CostAware:
             self._order = self._heads(now)
         order, classes = self._order, self._classes
         slots: list[int] = []
-        gone: list[tuple[BlockKey, int]] = []
-        while count:
+        blocks: list[Block] = []
+        while count > len(slots):
             class_ = order[-1][1]
-            members = classes[class_]
-            slot, block = members.popitem(last=False)
-            slots.append(slot)
-            gone.append((block.key, block.past_uses + block.uses))
-            count -= 1
-            if not members:
+            runs = classes[class_]
+            number, run = next(iter(runs.items()))
+            end = count - len(slots)
+            if end < len(run.slots):
+                slots += run.slots[:end]
+                blocks += run.blocks[:end]
+                del run.slots[:end], run.blocks[:end]
+                break
+            slots += run.slots
+            blocks += run.blocks
+            del runs[number]
+            if not runs:
                 order.pop()
-            elif next(iter(members.values())).idle_since != block.idle_since:  # else it is worth as much and stays first
+            elif next(iter(runs.values())).since != run.since:  # else it is worth as much, and the class stays first
                 order.pop()
-                self._reinsert(self._worth(class_, members, now), class_)
+                self._reinsert(self._worth(class_, runs, now), class_)
         self._num_known -= len(slots)
-        self._ghosts.leave(gone, self._num_known)
+        self._ghosts.leave([(block.key, block.past_uses + block.uses) for block in blocks], self._num_known)
         self._len -= len(slots)
         return slots
 
@@ -125,17 +161,16 @@ class CostAware:
     def _heads(self, now: float) -> list[tuple[float, int]]:
         """The worths of the heads of classes, best first."""
         heads, rate = [], self._rates.rate
-        for class_, members in enumerate(self._classes):
-            if members:
-                age_s = now - next(iter(members.values())).idle_since
+        for class_, runs in enumerate(self._classes):
+            if runs:
+                age_s = now - next(iter(runs.values())).since
                 heads.append((rate(_USES_CLASS[class_], age_s) * _RELATIVE_COST[class_], class_))
         heads.sort(reverse=True)
         return heads
 
-    def _worth(self, class_: int, members: OrderedDict[int, Block], now: float) -> float:
+    def _worth(self, class_: int, runs: OrderedDict[int, _Run], now: float) -> float:
         """Of the head of a class: seconds saved per second, relative to the first block's."""
-        age_s = now - next(iter(members.values())).idle_since
-        return self._rates.rate(_USES_CLASS[class_], age_s) * _RELATIVE_COST[class_]
+        return self._rates.rate(_USES_CLASS[class_], now - next(iter(runs.values())).since) * _RELATIVE_COST[class_]
 
     def _reinsert(self, worth: float, class_: int) -> None:
         """Into the order of heads, which is short; mostly the class stays first."""
