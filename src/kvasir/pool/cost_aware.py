@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 from kvasir.core.keys import BlockKey
 from kvasir.costs.model import CostModel
@@ -32,7 +33,9 @@ _USES_CLASS = tuple(c // COST_CLASSES for c in range(_NUM_CLASSES))
 _RELATIVE_COST = tuple(2 ** (c % COST_CLASSES / 2) for c in range(_NUM_CLASSES))
 
 _MANY_USES = 1 << MAX_CLASS - 1
-_CLASS_OF_USES = [min(uses.bit_length(), MAX_CLASS) for uses in range(_MANY_USES + 1)]
+_FIRST_OF_USES = [COST_CLASSES * uses.bit_length() for uses in range(_MANY_USES)]
+_FIRST_OF_MANY = COST_CLASSES * MAX_CLASS
+"""The class of least costs of blocks with so many uses."""
 
 
 def block_seconds(costs: CostModel, block_tokens: int) -> BlockSeconds:
@@ -48,9 +51,9 @@ class _Run:
 
     __slots__ = ("blocks", "since", "slots")
 
-    def __init__(self, since: float):
-        self.slots: list[int] = []
-        self.blocks: list[Block] = []
+    def __init__(self, slots: Sequence[int], blocks: Sequence[Block], since: float):
+        self.slots = list(slots)
+        self.blocks = list(blocks)
         self.since = since
 
 
@@ -82,22 +85,17 @@ class CostAware:
     def add(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
         if new := [block for block in blocks if block.class_ is None]:
             self._meet(new, now)
-        classes, released, number = self._classes, self._rates.released, self._num_runs
-        cost_class_of = self._cost_classes(max([block.deepest for block in blocks], default=0))
-        run, of_run = _Run(now), None
-        for slot, block in zip(slots, blocks, strict=True):
-            uses_class = _CLASS_OF_USES[min(block.past_uses + block.uses, _MANY_USES)]
-            class_ = uses_class * COST_CLASSES + cost_class_of[block.deepest]
-            if class_ != of_run:
-                number += 1
-                run, of_run = _Run(now), class_
-                classes[class_][number] = run
-            block.class_, block.run = class_, number
-            run.slots.append(slot)
-            run.blocks.append(block)
+        start = 0
+        for class_, group in groupby(self._classes_of(blocks)):
+            end = start + len(list(group))
+            self._num_runs = number = self._num_runs + 1
+            run = self._classes[class_][number] = _Run(slots[start:end], blocks[start:end], now)
+            for block in run.blocks:
+                block.class_, block.run = class_, number
+            start = end
+        for block in blocks:
             if block.is_watched:
-                released(block.key, uses_class, now)
-        self._num_runs = number
+                self._rates.released(block.key, block.class_ // COST_CLASSES, now)  # type: ignore[operator]  # it has one now
         self._len += len(slots)
         self._order_now = math.nan
 
@@ -145,6 +143,14 @@ class CostAware:
         self._ghosts.leave([(block.key, block.past_uses + block.uses) for block in blocks], self._num_known)
         self._len -= len(slots)
         return slots
+
+    def _classes_of(self, blocks: Sequence[Block]) -> list[int]:
+        cost = self._cost_classes(max([block.deepest for block in blocks], default=0))
+        uses = [block.past_uses + block.uses for block in blocks]
+        return [
+            (_FIRST_OF_USES[count] if count < _MANY_USES else _FIRST_OF_MANY) + cost[block.deepest]
+            for count, block in zip(uses, blocks, strict=True)
+        ]
 
     def _meet(self, blocks: list[Block], now: float) -> None:
         """These are idle for the first time in their slots."""
