@@ -182,4 +182,8 @@ def test_ghosts_are_bounded_and_the_oldest_is_forgotten_first() -> None:
         ghosts.leave([(number.to_bytes(4, "big"), number)], 1)
     assert len(ghosts) == MIN_GHOSTS + 1 - MIN_GHOSTS // FORGOTTEN_AT_ONCE
     first = (MIN_GHOSTS // FORGOTTEN_AT_ONCE).to_bytes(4, "big")
-    assert (ghosts.recall(bytes(4)), ghosts.recall(first), ghosts.recall(first)) == (None, MIN_GHOSTS // FORGOTTEN_AT_ONCE, None)
+    assert (ghosts.recall(bytes(4)), ghosts.recall(first), ghosts.recall(first)) == (
+        None,
+        MIN_GHOSTS // FORGOTTEN_AT_ONCE,
+        None,
+    )

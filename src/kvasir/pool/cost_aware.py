@@ -16,7 +16,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
-from kvasir.core.keys import BlockKey
 from kvasir.costs.model import CostModel
 from kvasir.pool.eviction import Block
 from kvasir.pool.ghosts import Ghosts

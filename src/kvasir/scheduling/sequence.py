@@ -73,9 +73,8 @@ class Sequence:
 
     def pages_for(self, tokens: int, block_tokens: int) -> int:
         """Pages missing to hold the first `tokens` tokens, of those that will be computed."""
-        covered = tokens if tokens < self.end else self.end
-        missing = -(-covered // block_tokens) - len(self.pages)
-        return missing if missing > 0 else 0
+        missing = -(-min(tokens, self.end) // block_tokens) - len(self.pages)
+        return max(0, missing)
 
 
 def sequence_of(event: Submitted, *, rank: tuple[int, float, int], block_tokens: int) -> Sequence:

@@ -63,7 +63,6 @@ class Flow:
         self.version = 0
         self.is_active = True
 
-
     def forget(self) -> None:
         """It is over: let go of whoever refers to it, so that no garbage is left to collect."""
         self.then, self.fail = _nothing, None

@@ -45,7 +45,19 @@ class Records:
 class RecordBook:
     """Rows as they are written; every request must get exactly one outcome. `then` is called at the last."""
 
-    __slots__ = ("_arrival", "_cached", "_end", "_input", "_output", "_reason", "_status", "_tbt", "_then", "_ttft", "num_ended")
+    __slots__ = (
+        "_arrival",
+        "_cached",
+        "_end",
+        "_input",
+        "_output",
+        "_reason",
+        "_status",
+        "_tbt",
+        "_then",
+        "_ttft",
+        "num_ended",
+    )
 
     def __init__(self, trace: Trace, then: Callable[[], None]):
         self._then = then
