@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
-from kvasir.core.keys import BlockKey
 from kvasir.costs.model import CostModel
 from kvasir.pool.eviction import Block
 from kvasir.pool.ghosts import Ghosts
@@ -32,7 +32,9 @@ _USES_CLASS = tuple(c // COST_CLASSES for c in range(_NUM_CLASSES))
 _RELATIVE_COST = tuple(2 ** (c % COST_CLASSES / 2) for c in range(_NUM_CLASSES))
 
 _MANY_USES = 1 << MAX_CLASS - 1
-_CLASS_OF_USES = [min(uses.bit_length(), MAX_CLASS) for uses in range(_MANY_USES + 1)]
+_FIRST_OF_USES = [COST_CLASSES * uses.bit_length() for uses in range(_MANY_USES)]
+_FIRST_OF_MANY = COST_CLASSES * MAX_CLASS
+"""The class of least costs of blocks with so many uses."""
 
 
 def block_seconds(costs: CostModel, block_tokens: int) -> BlockSeconds:
@@ -40,14 +42,31 @@ def block_seconds(costs: CostModel, block_tokens: int) -> BlockSeconds:
     return lambda depth: costs.prefill_s(block_tokens, depth * block_tokens)
 
 
+class _Run:
+    """Idle blocks of one sequence that were released together and are of one class, deepest first.
+
+    What is evicted goes from its start, and what is leased again, a prefix of the sequence, from its end.
+    """
+
+    __slots__ = ("blocks", "since", "slots")
+
+    def __init__(self, slots: Sequence[int], blocks: Sequence[Block], since: float):
+        self.slots = list(slots)
+        self.blocks = list(blocks)
+        self.since = since
+
+
 class CostAware:
-    """O(1) a block; a first victim at some time costs one look at each class in use, further ones at that time O(1)."""
+    """O(1) a block, and most of it is done for runs of blocks; a first victim at some time costs one look at each class in
+    use, further ones at that time O(1).
+    """
 
     def __init__(self, seconds: BlockSeconds):
         self._seconds = seconds
         self._rates = ReuseRates()
         self._ghosts: Ghosts[int] = Ghosts()
-        self._classes: list[OrderedDict[int, Block]] = [OrderedDict() for _ in range(_NUM_CLASSES)]
+        self._classes: list[OrderedDict[int, _Run]] = [OrderedDict() for _ in range(_NUM_CLASSES)]  # by number, oldest first
+        self._num_runs = 0  # so far, which numbers the next; a block notes in which it is
         self._class_of_depth: list[int] = []
         self._num_known = 0  # blocks that have been idle in their slot
         self._len = 0
@@ -58,40 +77,50 @@ class CostAware:
         return self._len
 
     def __iter__(self) -> Iterator[int]:
-        for members in self._classes:
-            yield from members
+        for runs in self._classes:
+            for run in runs.values():
+                yield from run.slots
 
     def add(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
-        classes, released = self._classes, self._rates.released
         if new := [block for block in blocks if block.class_ is None]:
             self._meet(new, now)
-        cost_class_of = self._cost_classes(max([block.deepest for block in blocks], default=0))
-        for slot, block in zip(slots, blocks, strict=True):
-            uses_class = _CLASS_OF_USES[min(block.past_uses + block.uses, _MANY_USES)]
-            block.class_ = class_ = uses_class * COST_CLASSES + cost_class_of[block.deepest]
-            block.idle_since = now
-            classes[class_][slot] = block
+        start = 0
+        for class_, group in groupby(self._classes_of(blocks)):
+            end = start + len(list(group))
+            self._num_runs = number = self._num_runs + 1
+            run = self._classes[class_][number] = _Run(slots[start:end], blocks[start:end], now)
+            for block in run.blocks:
+                block.class_, block.run = class_, number
+            start = end
+        for block in blocks:
             if block.is_watched:
-                released(block.key, uses_class, now)
+                self._rates.released(block.key, block.class_ // COST_CLASSES, now)  # type: ignore[operator]  # it has one now
         self._len += len(slots)
         self._order_now = math.nan
 
     def remove(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
-        classes, used = self._classes, self._rates.used
         for slot, block in zip(slots, blocks, strict=True):
-            del classes[block.class_][slot]  # type: ignore[index]  # a block that is idle has a class
+            self._leave_run(slot, block)
             if block.is_watched:
-                used(block.key, now)
+                self._rates.used(block.key, now)
         self._len -= len(slots)
         self._order_now = math.nan
 
     def forget(self, slot: int, block: Block, now: float) -> None:
-        assert block.class_ is not None, "a block that is idle has a class"
-        del self._classes[block.class_][slot]
+        self._leave_run(slot, block)
         block.class_ = None
         self._len -= 1
         self._num_known -= 1
         self._order_now = math.nan
+
+    def _leave_run(self, slot: int, block: Block) -> None:
+        assert block.class_ is not None, "a block that is idle has a class"
+        runs = self._classes[block.class_]
+        run = runs[block.run]
+        place = -1 if run.slots[-1] == slot else run.slots.index(slot)
+        del run.slots[place], run.blocks[place]
+        if not run.slots:
+            del runs[block.run]
 
     def victims(self, count: int, now: float) -> list[int]:
         count = min(count, self._len)
@@ -100,23 +129,37 @@ class CostAware:
             self._order = self._heads(now)
         order, classes = self._order, self._classes
         slots: list[int] = []
-        gone: list[tuple[BlockKey, int]] = []
-        while count:
+        blocks: list[Block] = []
+        while count > len(slots):
             class_ = order[-1][1]
-            members = classes[class_]
-            slot, block = members.popitem(last=False)
-            slots.append(slot)
-            gone.append((block.key, block.past_uses + block.uses))
-            count -= 1
-            if not members:
+            runs = classes[class_]
+            number, run = next(iter(runs.items()))
+            end = count - len(slots)
+            if end < len(run.slots):
+                slots += run.slots[:end]
+                blocks += run.blocks[:end]
+                del run.slots[:end], run.blocks[:end]
+                break
+            slots += run.slots
+            blocks += run.blocks
+            del runs[number]
+            if not runs:
                 order.pop()
-            elif next(iter(members.values())).idle_since != block.idle_since:  # else it is worth as much and stays first
+            elif next(iter(runs.values())).since != run.since:  # else it is worth as much, and the class stays first
                 order.pop()
-                self._reinsert(self._worth(class_, members, now), class_)
+                self._reinsert(self._worth(class_, runs, now), class_)
         self._num_known -= len(slots)
-        self._ghosts.leave(gone, self._num_known)
+        self._ghosts.leave([(block.key, block.past_uses + block.uses) for block in blocks], self._num_known)
         self._len -= len(slots)
         return slots
+
+    def _classes_of(self, blocks: Sequence[Block]) -> list[int]:
+        cost = self._cost_classes(max([block.deepest for block in blocks], default=0))
+        uses = [block.past_uses + block.uses for block in blocks]
+        return [
+            (_FIRST_OF_USES[count] if count < _MANY_USES else _FIRST_OF_MANY) + cost[block.deepest]
+            for count, block in zip(uses, blocks, strict=True)
+        ]
 
     def _meet(self, blocks: list[Block], now: float) -> None:
         """These are idle for the first time in their slots."""
@@ -133,17 +176,16 @@ class CostAware:
     def _heads(self, now: float) -> list[tuple[float, int]]:
         """The worths of the heads of classes, best first."""
         heads, rate = [], self._rates.rate
-        for class_, members in enumerate(self._classes):
-            if members:
-                age_s = now - next(iter(members.values())).idle_since
+        for class_, runs in enumerate(self._classes):
+            if runs:
+                age_s = now - next(iter(runs.values())).since
                 heads.append((rate(_USES_CLASS[class_], age_s) * _RELATIVE_COST[class_], class_))
         heads.sort(reverse=True)
         return heads
 
-    def _worth(self, class_: int, members: OrderedDict[int, Block], now: float) -> float:
+    def _worth(self, class_: int, runs: OrderedDict[int, _Run], now: float) -> float:
         """Of the head of a class: seconds saved per second, relative to the first block's."""
-        age_s = now - next(iter(members.values())).idle_since
-        return self._rates.rate(_USES_CLASS[class_], age_s) * _RELATIVE_COST[class_]
+        return self._rates.rate(_USES_CLASS[class_], now - next(iter(runs.values())).since) * _RELATIVE_COST[class_]
 
     def _reinsert(self, worth: float, class_: int) -> None:
         """Into the order of heads, which is short; mostly the class stays first."""

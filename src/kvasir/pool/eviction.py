@@ -19,8 +19,8 @@ class Block(Struct, gc=False):
     start, `uses`, `deepest` and the time of the last release never decrease.
 
     What follows is the eviction policy's own, which notes it here instead of in a table beside: the `class_` in which the
-    block is idle (None: it has never been), since when, its uses in earlier stays, and whether it is watched. A Struct, as
-    one is made for each block that is published.
+    block is idle (None: it has never been), with which others (`run`), its uses in earlier stays, and whether it is watched.
+    A Struct, as one is made for each block that is published.
     """
 
     key: BlockKey
@@ -28,7 +28,7 @@ class Block(Struct, gc=False):
     deepest: int
     uses: int = 0
     class_: int | None = None
-    idle_since: float = 0.0
+    run: int = 0
     past_uses: int = 0
     is_watched: bool = False
 

@@ -155,10 +155,8 @@ class PrefillBook:
         order = self._order
         if not order:
             return 0.0
-        done_s, first_s, pending_s = self._done_s, order[0].seconds, self.pending_s
-        most_s = max(first_s, done_s)
-        if most_s > pending_s:
-            most_s = pending_s
+        done_s = self._done_s
+        most_s = min(self.pending_s, max(order[0].seconds, done_s))
         if now > self._as_of_s:
             done_s += (now - self._as_of_s) * self._pace
-        return min(most_s, done_s)
+        return min(done_s, most_s)

@@ -88,6 +88,8 @@ class Fleet:
         self._rows: list[Instance] = []
         self._reserved: dict[str, int] = {}
         self._latest_rank = -math.inf
+        self._masks_nodes: tuple[str | None, ...] | None = None  # for which `_masks` are: those of the prefillers' nodes
+        self._masks: list[int] = []
         self.decode_share = 1.0
         """Of the time between arrival and end, the share that an answer takes; the Placer learns it, and how long that is."""
         self.stays_s = math.inf
@@ -378,8 +380,7 @@ class Fleet:
         self._decode_rows = _rows_where(i.info.role.can_decode for i in self._rows)
         self._prefillers = [self._rows[row] for row in self._prefill_rows.tolist()]
         self._decoders = [self._rows[row] for row in self._decode_rows.tolist()]
-        self._masks_nodes: tuple[str | None, ...] | None = None
-        self._masks: list[int] = []
+        self._masks_nodes = None
         self._max_kv_tokens = max((i.info.kv_tokens for i in self._decoders), default=0)
         self._can_prefill: Bools = np.array([i.info.role.can_prefill for i in self._rows], dtype=np.bool_)
         self._can_decode: Bools = np.array([i.info.role.can_decode for i in self._rows], dtype=np.bool_)

@@ -73,8 +73,7 @@ class Sequence:
 
     def pages_for(self, tokens: int, block_tokens: int) -> int:
         """Pages missing to hold the first `tokens` tokens, of those that will be computed."""
-        covered = min(self.end, tokens)
-        missing = -(-covered // block_tokens) - len(self.pages)
+        missing = -(-min(tokens, self.end) // block_tokens) - len(self.pages)
         return max(0, missing)
 
 

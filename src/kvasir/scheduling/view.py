@@ -219,7 +219,8 @@ def _mixed(taken: Ints, assigned: Ints, stayed: float, came: float) -> Ints:
 
 
 def _by_value(seconds: Callable[[int], float], tokens: Ints) -> Floats:
-    """`seconds` of each row; prefixes are few, so each is asked for once."""
-    listed = tokens.tolist()
-    table = {value: seconds(value) for value in set(listed)}
-    return np.array([table[value] for value in listed])
+    """`seconds` of each row; prefixes are few, so each is asked for once, and its rows are written together."""
+    by_row: Floats = np.empty(len(tokens))
+    for value in set(tokens.tolist()):
+        by_row[tokens == value] = seconds(value)
+    return by_row

@@ -26,7 +26,9 @@ class Agenda:
     def at(self, time_s: float, call: Call, argument: Any = None) -> None:
         """Call `call(argument)` at `time_s`. What is planned cannot be taken back: the callee must know that it is void."""
         self._number += 1
-        heappush(self._heap, (max(self.now, time_s), self._number, call, argument))
+        if time_s < self.now:
+            time_s = self.now
+        heappush(self._heap, (time_s, self._number, call, argument))
 
     def soon(self, call: Call, argument: Any = None) -> None:
         """At the present time, after all that is planned for it already."""

@@ -473,9 +473,10 @@ class SimHub:
         """Every instance that did anything says how it is, unless that changes nothing."""
         assert self._conductor is not None
         for name, instance in list(self.instances.items()):
-            if instance.was_idle and instance.is_idle:
+            is_idle = not instance.sequences
+            if is_idle and instance.was_idle:
                 continue
-            instance.was_idle = instance.is_idle
+            instance.was_idle = is_idle
             if report_delay_s:
                 report = Heartbeat(name, instance.info.epoch, instance.load())
                 self._agenda.at(self._agenda.now + report_delay_s, self.tell, report)
