@@ -9,6 +9,7 @@ import argparse
 import json
 import statistics
 import subprocess
+import sys
 from pathlib import Path
 
 from kvasir.cli.bench.pool_transfer import MIB, SIZES, Measured, measure, ratios
@@ -50,11 +51,11 @@ def medians(peers: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, flo
 
 
 def run_peer(python: Path, name: str, working_set_mib: int) -> dict[str, float]:
-    """GB/s by way and size; empty when the peer is not installed or fails, which is said on standard error."""
+    """GB/s by way and size; empty when the peer fails, which is said on standard error."""
     command = [str(python), "-m", f"benchmarks.peers.{name}", str(working_set_mib)]
     done = subprocess.run(command, stdout=subprocess.PIPE, timeout=PEER_S, check=False)
     if done.returncode:
-        print(f"note: {name} did not run (exit {done.returncode})")
+        print(f"note: {name} did not run (exit {done.returncode})", file=sys.stderr)
         return {}
     speeds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return speeds
