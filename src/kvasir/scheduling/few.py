@@ -16,7 +16,7 @@ from kvasir.pool.match import PrefixMatch
 from kvasir.scheduling.decode_choice import FULL, DecodeChoice, DecodeRule, least_expected_tbt, least_tbt, stay
 from kvasir.scheduling.fleet import Fleet, Instance
 from kvasir.scheduling.policies.interface import Choice
-from kvasir.scheduling.view import prompt_prefill_s
+from kvasir.scheduling.view import prompt_prefill_s, staged
 
 FEW = 48
 """Instances up to which numbers are faster than arrays: the two take equally long at about sixty."""
@@ -117,6 +117,10 @@ class FewView:
         prefix = self.prefix_tokens[row]
         prefill_s = self.prefill_s(prefix) / self.pace[row]
         return Candidate(self.prefillers[row].info.id, self.wait_s[row], 0.0, prefill_s, prefix)
+
+    def pipeline(self, rows: list[int]) -> Candidate:
+        group = tuple([self.prefillers[row].info.id for row in rows])
+        return staged(self, group, wait_s=max([self.wait_s[row] for row in rows]), pace=min([self.pace[row] for row in rows]))
 
     def fetch(self, row: int, seconds: float) -> Candidate:
         own, best = self.prefix_tokens[row], self.best_tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,9 @@ from msgspec.structs import replace
 
 from kvasir.core.commands import Candidate
 from kvasir.costs.model import CostModel
+
+if TYPE_CHECKING:
+    from kvasir.scheduling.few import FewView
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -179,20 +183,9 @@ class ClusterView(Struct, frozen=True, dict=True):
         its own and, before, every stage ahead of it the first chunk: n + stages - 1 turns for n chunks (FAST'25, 3.3). Each
         stage needs its layers of the prefix only, so that together they fetch it once.
         """
-        prefills, cached = self.prefills, self.best_tokens
-        all_s = self.prefill_s(cached)
-        new_tokens = self.num_prompt_tokens - cached
-        num_chunks = -(-new_tokens // (self.chunk_tokens or new_tokens))
-        turns = 1.0 + (len(rows) - 1) / num_chunks
-        pace = float(prefills.pace[rows].min())
-        wait_s = float(prefills.wait_s[rows].max())
-        prefill_s = all_s / len(rows) * turns / pace
-        transfer_s = self.transfer_s(cached)
-        if self.layerwise:
-            transfer_s = max(0.0, transfer_s - wait_s - prefill_s)
+        prefills = self.prefills
         group = tuple(prefills.ids[row] for row in rows)
-        source = self.source if cached else None
-        return Candidate(group[-1], wait_s, transfer_s, prefill_s, cached, cached, source, group=group)
+        return staged(self, group, wait_s=float(prefills.wait_s[rows].max()), pace=float(prefills.pace[rows].min()))
 
     def _candidate(
         self, row: int, prefix: int, seconds: float, *, fetch_tokens: int = 0, load_tokens: int = 0, source: str | None = None
@@ -203,6 +196,20 @@ class ClusterView(Struct, frozen=True, dict=True):
         return Candidate(
             prefills.ids[row], wait_s, max(0.0, seconds - prefill_s), prefill_s, prefix, fetch_tokens, source, load_tokens
         )
+
+
+def staged(view: ClusterView | FewView, group: tuple[str, ...], *, wait_s: float, pace: float) -> Candidate:
+    """A pipeline of these stages, which are free in `wait_s` and as fast as the slowest of them."""
+    cached = view.best_tokens
+    new_tokens = view.num_prompt_tokens - cached
+    num_chunks = -(-new_tokens // (view.chunk_tokens or new_tokens))
+    turns = 1.0 + (len(group) - 1) / num_chunks
+    prefill_s = view.prefill_s(cached) / len(group) * turns / pace
+    transfer_s = view.transfer_s(cached)
+    if view.layerwise:
+        transfer_s = max(0.0, transfer_s - wait_s - prefill_s)
+    source = view.source if cached else None
+    return Candidate(group[-1], wait_s, transfer_s, prefill_s, cached, cached, source, group=group)
 
 
 def prompt_prefill_s(costs: CostModel, num_prompt_tokens: int, cached_tokens: int, chunk_tokens: int | None) -> float:

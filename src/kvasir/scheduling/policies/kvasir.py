@@ -48,10 +48,12 @@ class Kvasir:
         alone = best_of(ttft_s, lambda row: makers[kinds[row]](row), "least TTFT of all plans")
         if view.max_stages == 1 or alone.chosen.ttft_s <= MARGIN * view.due_in_s:
             return alone
-        return self._pipeline(view, alone)
+        prefills = view.prefills
+        free_first = np.argsort(np.where(prefills.pace < 1.0, np.inf, prefills.wait_s), kind="stable")
+        return _pipeline(view, alone, free_first.tolist())
 
     def place_few(self, view: FewView) -> Choice | None:
-        """As `place`, but for pipelines."""
+        """As `place`."""
         plans = view.local_and_fetch_s()
         ttft_s = [wait_s + min(plan) for wait_s, plan in zip(view.wait_s, plans, strict=True)]
         ttft_s = _where_wanted_of_few(view, ttft_s)
@@ -63,26 +65,26 @@ class Kvasir:
         alone = best_of_few(ttft_s, plan, "least TTFT of all plans")
         if view.max_stages == 1 or alone.chosen.ttft_s <= MARGIN * view.due_in_s:
             return alone
-        return None
+        free_s = [math.inf if pace < 1.0 else wait_s for pace, wait_s in zip(view.pace, view.wait_s, strict=True)]
+        return _pipeline(view, alone, sorted(range(len(free_s)), key=free_s.__getitem__))
 
-    def _pipeline(self, view: ClusterView, alone: Choice) -> Choice:
-        """Twice as many stages until it is in time or does not get faster. A stage that decodes beside would slow all down."""
-        prefills = view.prefills
-        free_first = np.argsort(np.where(prefills.pace < 1.0, np.inf, prefills.wait_s), kind="stable")
-        best = alone.chosen
-        num_stages = 2
-        while num_stages <= min(view.max_stages, len(prefills)):
-            candidate = view.pipeline(free_first[:num_stages].tolist())
-            if candidate.ttft_s >= best.ttft_s or candidate.wait_s > IDLE * view.due_in_s:
-                break
-            best = candidate
-            if best.ttft_s <= MARGIN * view.due_in_s:
-                break
-            num_stages *= 2
-        if best is alone.chosen:
-            return alone
-        why = f"pipeline of {len(best.group)} stages, being late alone, among {len(prefills)}"
-        return Choice((best, *alone.candidates[:2]), why)
+
+def _pipeline(view: ClusterView | FewView, alone: Choice, free_first: list[int]) -> Choice:
+    """Twice as many stages until it is in time or does not get faster. A stage that decodes beside would slow all down."""
+    best = alone.chosen
+    num_stages = 2
+    while num_stages <= min(view.max_stages, len(free_first)):
+        candidate = view.pipeline(free_first[:num_stages])
+        if candidate.ttft_s >= best.ttft_s or candidate.wait_s > IDLE * view.due_in_s:
+            break
+        best = candidate
+        if best.ttft_s <= MARGIN * view.due_in_s:
+            break
+        num_stages *= 2
+    if best is alone.chosen:
+        return alone
+    why = f"pipeline of {len(best.group)} stages, being late alone, among {len(free_first)}"
+    return Choice((best, *alone.candidates[:2]), why)
 
 
 def _where_wanted_of_few(view: FewView, ttft_s: list[float]) -> list[float]:
