@@ -1,19 +1,23 @@
 """Capacity of our scheduler and of others on one cluster: the table of docs/results/capacity.md.
 
-    python -m benchmarks.capacity --trace conversation_trace.jsonl --jobs 2
+    python -m benchmarks.capacity --trace conversation_trace.jsonl --jobs 2 --minutes 60
     python -m benchmarks.capacity --tables     # the results again, as Markdown
 
 Capacity is the highest speed of the trace at which at least 90 % of the requests and 90 % of the input tokens are effective.
-Sections: `main` (ours against Mooncake's Algorithm 1 at static ratios), `peers`, `ablation`, `jitter` (arrivals moved by up to
-3 s, five seeds). A row is one capacity search of about ten simulations.
+Sections: `main` (ours against Mooncake's Algorithm 1 at static ratios), `peers` (with early rejection by the SLO),
+`peers-as-shipped` (mostly without), `ablation`, `jitter` (arrivals moved by up to 3 s, five seeds). A row is one capacity
+search of about eight simulations. Each is written as soon as it is found, and what is in the file is not searched again:
+started anew, it goes on; `--again` starts over. After `--minutes` no further row is begun.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -31,10 +35,12 @@ from kvasir.workload.trace import Trace
 
 RESULTS = Path(__file__).parent / "results" / "capacity.json"
 CLUSTER = "paper-16"
-SECTIONS = ("main", "peers", "ablation", "jitter")
+SECTIONS = ("main", "peers", "jitter", "ablation", "peers-as-shipped")
 SLOS = ("30s", "10s", "scaled")
 SPLITS = ("8P8D", "10P6D", "12P4D", "13P3D", "14P2D")
-BEST_SPLIT = "13P3D"
+BEST_SPLIT = {"30s": "13P3D", "10s": "13P3D", "scaled": "14P2D"}
+"""Mooncake's, by the sweep of `main`."""
+
 PEERS = (
     "memserve",
     "dynamo",
@@ -47,6 +53,7 @@ PEERS = (
     "local",
     "least-loaded",
 )
+COLOCATED = ("colocated", "colocated-chunked")
 ABLATIONS: dict[str, dict[str, str]] = {
     "placement as mooncake": {"placement": "mooncake"},
     "decode by assigned load": {"decode": "least-tbt"},
@@ -56,7 +63,11 @@ ABLATIONS: dict[str, dict[str, str]] = {
     "shortest first": {"order": "shortest-first"},
 }
 SEEDS = range(1, 6)
-START = {"30s": 3.0, "10s": 1.0, "scaled": 2.5}
+START = {"30s": 3.6, "10s": 3.0, "scaled": 3.0}
+STRIDE = 1.25
+LOWEST = 0.5
+"""What does not hold half of the trace's own speed has none: at 10 s, no policy without pipelines does."""
+
 RESOLUTION = 0.015
 
 
@@ -81,22 +92,25 @@ def rows(sections: list[str]) -> Iterator[Row]:
             yield Row("main", "kvasir", "kvasir", ttft)
             yield from (Row("main", f"mooncake {split}", "mooncake", ttft, split) for split in SPLITS)
     if "peers" in sections:
-        for ttft in ("30s", "scaled"):
-            for peer in PEERS:
-                admission = (("admission", "slo"),)
-                yield Row("peers", f"{peer} {BEST_SPLIT}", peer, ttft, BEST_SPLIT)
-                yield Row("peers", f"{peer} {BEST_SPLIT}, SLO admission", peer, ttft, BEST_SPLIT, admission)
-            yield from (Row("peers", policy, policy, ttft, "16M") for policy in ("colocated", "colocated-chunked"))
+        for ttft in SLOS:
+            split = BEST_SPLIT[ttft]
+            yield from (Row("peers", peer, peer, ttft, split, (("admission", "slo"),)) for peer in PEERS)
+            yield from (Row("peers", peer, peer, ttft, "16M", (("admission", "slo"),)) for peer in COLOCATED)
+    if "jitter" in sections:
+        for seed in SEEDS:
+            for ttft in SLOS:
+                yield Row("jitter", "kvasir", "kvasir", ttft, seed=seed)
+                if ttft != "10s":
+                    yield Row("jitter", "mooncake, best split", "mooncake", ttft, BEST_SPLIT[ttft], seed=seed)
     if "ablation" in sections:
         for ttft in ("30s", "scaled"):
             yield from (Row("ablation", name, "kvasir", ttft, parts=tuple(parts.items())) for name, parts in ABLATIONS.items())
-            yield from (Row("ablation", f"static {split}", "kvasir", ttft, split) for split in ("8P8D", BEST_SPLIT))
+            yield from (Row("ablation", f"static {split}", "kvasir", ttft, split) for split in ("8P8D", "13P3D", "13P2D1M"))
         yield Row("ablation", "no pipelines", "kvasir", "10s", max_stages=1)
-    if "jitter" in sections:
-        for seed in SEEDS:
-            for ttft in ("30s", "scaled"):
-                yield Row("jitter", "kvasir", "kvasir", ttft, seed=seed)
-                yield Row("jitter", f"mooncake {BEST_SPLIT}", "mooncake", ttft, BEST_SPLIT, seed=seed)
+    if "peers-as-shipped" in sections:
+        for ttft in SLOS:
+            yield from (Row("peers-as-shipped", peer, peer, ttft, BEST_SPLIT[ttft]) for peer in PEERS)
+            yield from (Row("peers-as-shipped", peer, peer, ttft, "16M") for peer in COLOCATED)
 
 
 def scheduler(row: Row) -> Strategy:
@@ -113,7 +127,7 @@ def trace_of(source: str, seed: int) -> Trace:
 
 
 def search(source: str, row: Row) -> dict[str, object]:
-    """The row with its capacity; None when even the lowest speed fails."""
+    """The row with its capacity; None below LOWEST."""
     trace, slo = trace_of(source, row.seed), objectives(row.ttft, "100ms")
     cluster, chosen = find_cluster(CLUSTER, row.split), scheduler(row)
 
@@ -121,7 +135,7 @@ def search(source: str, row: Row) -> dict[str, object]:
         with collector_paused():
             return simulate(scaling.speed(trace, speed), cluster, chosen, slo=slo, config=SimConfig(sample_s=0.0)).attained
 
-    found = find_capacity(evaluate, start=START[row.ttft], resolution=RESOLUTION)
+    found = find_capacity(evaluate, start=START[row.ttft], resolution=RESOLUTION, stride=STRIDE, lowest=LOWEST)
     return asdict(row) | {"capacity": found.speed, "probes": len(found.probes)}
 
 
@@ -139,34 +153,56 @@ def tables(results: list[dict[str, object]]) -> Iterator[str]:
 
 
 def _range(capacities: list[object]) -> str:
-    known = [c if isinstance(c, float) else 0.0 for c in capacities]
-    if not known:
+    if not capacities:
         return ""
-    low, high = min(known), max(known)
-    return f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}"
+    known = sorted({f"{c:.2f}" if isinstance(c, float) else "none" for c in capacities})
+    return known[0] if len(known) == 1 else f"{known[0]} to {known[-1]}"
+
+
+def row_of(result: dict[str, object]) -> Row:
+    """The search that a line of the result file is of."""
+    fields = {field: result[field] for field in Row.__dataclass_fields__}
+    fields["parts"] = tuple((str(part), str(name)) for part, name in result["parts"])  # type: ignore[attr-defined]
+    return Row(**fields)  # type: ignore[arg-type]
+
+
+def write(results: dict[Row, dict[str, object]]) -> None:
+    lines = sorted(results.values(), key=lambda result: SECTIONS.index(str(result["section"])))
+    RESULTS.write_text(json.dumps({"benchmark": "capacity", "cluster": CLUSTER, "rows": lines}, indent=1) + "\n")
+
+
+def find(source: str, wanted: list[Row], results: dict[Row, dict[str, object]], *, jobs: int, minutes: float) -> None:
+    """Search `jobs` rows at a time, in order, and write what is found."""
+    until_s = time.monotonic() + 60.0 * minutes
+    for start in range(0, len(wanted), jobs):
+        if time.monotonic() > until_s:
+            print(f"{len(wanted) - start} rows are left; start it again to go on", file=sys.stderr)
+            return
+        tasks = {row: partial(search, source, row) for row in wanted[start : start + jobs]}
+        results |= results_of(tasks, min(jobs, len(tasks)), lambda count, row: None)
+        write(results)
+        for row in tasks:
+            done = f"{start + len(tasks)}/{len(wanted)}"
+            capacity = results[row]["capacity"]
+            print(f"{done} {row.section} {row.name}, TTFT {row.ttft}, seed {row.seed}: {capacity}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", default="synthetic:conversation", help="a trace file, or synthetic:conversation")
-    parser.add_argument("--sections", nargs="*", default=list(SECTIONS))
+    parser.add_argument("--sections", nargs="*", default=list(SECTIONS), choices=SECTIONS)
+    parser.add_argument("--ttft", nargs="*", default=list(SLOS), choices=SLOS, help="only these objectives")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further search after so long")
+    parser.add_argument("--again", action="store_true", help="search the rows again that are in the result file")
     parser.add_argument("--tables", action="store_true", help="print the results that are there, and measure nothing")
     asked = parser.parse_args()
     known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    if asked.tables:
-        print("\n".join(tables(known)))
-        return
-    results = [row for row in known if row["section"] not in asked.sections]
-    tasks = {row: partial(search, asked.trace, row) for row in rows(asked.sections)}
-
-    def on_done(count: int, row: Row) -> None:
-        print(f"{count}/{len(tasks)} {row.section} {row.name}, TTFT {row.ttft}, seed {row.seed}", file=sys.stderr, flush=True)
-
-    results += results_of(tasks, asked.jobs, on_done).values()
-    results.sort(key=lambda row: SECTIONS.index(str(row["section"])))
-    RESULTS.write_text(json.dumps({"benchmark": "capacity", "cluster": CLUSTER, "rows": results}, indent=1) + "\n")
-    print("\n".join(tables(results)))
+    results = {row_of(result): result for result in known}
+    if not asked.tables:
+        wanted = [row for row in rows(asked.sections) if row.ttft in asked.ttft and (asked.again or row not in results)]
+        find(asked.trace, wanted, results, jobs=asked.jobs, minutes=asked.minutes)
+    print("\n".join(tables(list(results.values()))))
 
 
 if __name__ == "__main__":

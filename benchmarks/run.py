@@ -17,7 +17,7 @@ from pathlib import Path
 from kvasir.engine.random_model import make_checkpoint
 
 RESULTS = Path(__file__).parent / "results"
-NAMES = ("attention", "engine", "overheads", "gateway", "pool_node")
+NAMES = ("attention", "engine", "overheads", "gateway", "pool_node", "ssd")
 NEEDS_MODEL = ("engine", "overheads")
 
 

@@ -4,7 +4,9 @@
 
 Each run has a process of its own, whose peak memory it is, the trace included. Seconds are CPU seconds of one core after
 loading, of the trace the least of `--rounds`. The clusters of `--nodes` play a synthetic conversation once, 1,000 requests a
-node at the trace's rate. `--out` writes `simulator.md` and its plot.
+node at the trace's rate; 1,000 nodes take some 10 to 30 minutes and 8 GiB. How far a run is, is said on stderr every
+half minute; a size that would last longer than `--limit` minutes, by the speed of the size before, is left out. `--out`
+writes `simulator.md` and its plot.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ Size = TypeVar("Size")
 POLICY = "kvasir"
 TRACE_NODES = 16
 REQUESTS_PER_NODE = 1000
+PROGRESS_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +68,19 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="the published conversation trace (default: a synthetic one of its size)")
     parser.add_argument("--nodes", type=int, nargs="*", default=[16, 64, 250, 1000], help="cluster sizes, the smallest first")
     parser.add_argument("--rounds", type=int, default=3, help="of the trace; larger clusters are played once")
+    parser.add_argument("--limit", type=float, default=60.0, help="minutes that one run may last")
     parser.add_argument("--json", action="store_true", help="print nothing but JSON")
     parser.add_argument("--out", type=Path, help="a directory for simulator.md and its plot")
     arguments = parser.parse_args()
     rounds = [apart(play_trace, arguments.trace) for _ in range(arguments.rounds)]
     trace = min(rounds, key=lambda speed: speed.seconds)
-    scaling = [apart(play_synthetic, nodes) for nodes in arguments.nodes]
+    scaling: list[Speed] = []
+    for nodes in arguments.nodes:
+        minutes = scaling[-1].seconds / 60 * (nodes / scaling[-1].nodes) if scaling else 0.0
+        if minutes > arguments.limit:
+            print(f"{nodes} nodes: left out, they would take {minutes:.0f} minutes", file=sys.stderr, flush=True)
+            break
+        scaling.append(apart(play_synthetic, nodes))
     about = {
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
@@ -105,12 +115,28 @@ def play_synthetic(nodes: int) -> Speed:
 def timed(name: str, trace: Trace, nodes: int) -> Speed:
     gc.collect()
     gc.disable()
-    start_s = time.process_time()
-    simulate(trace, cluster_of(nodes), strategy(POLICY), slo=Slo(), config=SimConfig(sample_s=0.0))
-    seconds = time.process_time() - start_s
     count = len(trace.requests)
+    start_s = time.process_time()
+    config = SimConfig(sample_s=0.0)
+    simulate(trace, cluster_of(nodes), strategy(POLICY), slo=Slo(), config=config, on_progress=Progress(nodes, count).tell)
+    seconds = time.process_time() - start_s
+    print(f"{nodes} nodes: {count:,} requests in {seconds:.1f} s", file=sys.stderr, flush=True)
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     return Speed(name, nodes, count, round(seconds, 2), round(count / seconds), peak_mib)
+
+
+class Progress:
+    """Says on stderr how far a run is."""
+
+    def __init__(self, nodes: int, count: int):
+        self._nodes = nodes
+        self._count = count
+        self._said_s = time.monotonic()
+
+    def tell(self, ended: int) -> None:
+        if time.monotonic() - self._said_s >= PROGRESS_S:
+            self._said_s = time.monotonic()
+            print(f"{self._nodes} nodes: {ended:,} of {self._count:,} requests", file=sys.stderr, flush=True)
 
 
 def cluster_of(nodes: int) -> ClusterSpec:

@@ -123,7 +123,7 @@ def test_more_pins_than_half_of_the_pool_are_refused_with_the_pool_s_own_words()
             await asyncio.sleep(2.0)
             with pytest.raises(ClusterError, match="node0: "):
                 await operator.pin(prompt, salt="", tenant="", ttl_s=60.0, priority="high")
-            assert await operator.set_quota("abc", 5) == {"node0": 0}
+            assert await operator.set_quota("abc", 5) == {"node0": 5}
             await asyncio.sleep(2.0)
             (usage,) = [usage for usage in found.hub.status().pools["node0"].tenants if usage.tenant == "abc"]
             assert usage.quota == 5

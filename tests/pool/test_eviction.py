@@ -1,5 +1,7 @@
 """The eviction contract, over every policy that there is, and what each of them prefers."""
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,7 +10,7 @@ from kvasir.costs.roofline import reference_cost
 from kvasir.pool.cost_aware import CostAware, block_seconds
 from kvasir.pool.eviction import Block, Eviction, Lru
 from kvasir.pool.frequency import LengthAware, Lfu
-from kvasir.pool.ghosts import MIN_GHOSTS, Ghosts
+from kvasir.pool.ghosts import FORGOTTEN_AT_ONCE, MIN_GHOSTS, Ghosts
 from kvasir.pool.policies import EVICTIONS
 from kvasir.pool.replay import CacheReplay
 
@@ -19,33 +21,61 @@ def block(name: int, depth: int = 0, uses: int = 1) -> Block:
     return Block(bytes([0, name]) * 8, depth, depth, uses)
 
 
-def made(policy: str) -> Eviction:
-    return EVICTIONS[policy](SECONDS)
+class OneByOne:
+    """An eviction policy that is told of a single block at a time."""
+
+    def __init__(self, many: Eviction):
+        self.many = many
+        self.blocks: dict[int, Block] = {}
+
+    def add(self, slot: int, block: Block, now: float) -> None:
+        self.blocks[slot] = block
+        self.many.add([slot], [block], now)
+
+    def remove(self, slot: int, now: float) -> None:
+        self.many.remove([slot], [self.blocks[slot]], now)
+
+    def forget(self, slot: int, now: float) -> None:
+        self.many.forget(slot, self.blocks[slot], now)
+
+    def victim(self, now: float) -> int | None:
+        victims = self.many.victims(1, now)
+        return victims[0] if victims else None
+
+    def __len__(self) -> int:
+        return len(self.many)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.many)
+
+
+def made(policy: str) -> OneByOne:
+    return OneByOne(EVICTIONS[policy](SECONDS))
 
 
 @pytest.fixture(params=EVICTIONS)
-def eviction(request: pytest.FixtureRequest) -> Eviction:
+def eviction(request: pytest.FixtureRequest) -> OneByOne:
     return made(request.param)
 
 
-def test_nothing_to_evict_is_none(eviction: Eviction) -> None:
+def test_nothing_to_evict_is_none(eviction: OneByOne) -> None:
     assert eviction.victim(0.0) is None
 
 
-def test_a_removed_block_is_no_victim(eviction: Eviction) -> None:
+def test_a_removed_block_is_no_victim(eviction: OneByOne) -> None:
     eviction.add(1, block(1), 0.0)
     eviction.add(2, block(2), 0.0)
     eviction.remove(1, 0.5)
     assert (eviction.victim(1.0), eviction.victim(1.0)) == (2, None)
 
 
-def test_a_suffix_goes_before_its_prefix(eviction: Eviction) -> None:
+def test_a_suffix_goes_before_its_prefix(eviction: OneByOne) -> None:
     for slot, depth in ((7, 2), (5, 1), (3, 0)):
         eviction.add(slot, block(slot, depth), 0.0)
     assert [eviction.victim(1.0) for _ in range(3)] == [7, 5, 3]
 
 
-def test_a_forgotten_block_is_no_victim_and_another_may_come_into_its_slot(eviction: Eviction) -> None:
+def test_a_forgotten_block_is_no_victim_and_another_may_come_into_its_slot(eviction: OneByOne) -> None:
     eviction.add(1, block(1), 0.0)
     eviction.add(2, block(2), 0.0)
     eviction.forget(1, 0.5)
@@ -84,7 +114,7 @@ GAPS = st.sampled_from([0.0, 0.1, 3.0, 700.0])
 @pytest.mark.parametrize("policy", EVICTIONS)
 def test_no_suffix_stays_without_its_prefix(policy: str, paths: list[list[int]], gap: float, num_slots: int) -> None:
     """Keys spell out the path to their block; two requests overlap, so that prefixes are released later than suffixes."""
-    cache = CacheReplay(num_slots, made(policy)).slots
+    cache = CacheReplay(num_slots, made(policy).many).slots
     open_leases: list[list[int]] = []
     for number, path in enumerate(paths):
         now = gap * number
@@ -100,7 +130,7 @@ def test_no_suffix_stays_without_its_prefix(policy: str, paths: list[list[int]],
 
 
 def test_lru_evicts_in_the_order_of_last_use() -> None:
-    lru = Lru()
+    lru = OneByOne(Lru())
     for slot in (1, 2, 3):
         lru.add(slot, block(slot), 0.0)
     lru.remove(1, 1.0)
@@ -117,7 +147,7 @@ def test_a_block_that_was_used_more_stays_longer(policy: str) -> None:
 
 
 def test_lfu_remembers_the_uses_of_a_block_that_comes_back() -> None:
-    lfu = Lfu()
+    lfu = OneByOne(Lfu())
     lfu.add(1, block(1, uses=5), 0.0)
     assert lfu.victim(1.0) == 1
     lfu.add(4, block(1), 2.0)
@@ -126,7 +156,7 @@ def test_lfu_remembers_the_uses_of_a_block_that_comes_back() -> None:
 
 
 def test_of_equal_use_the_length_aware_cache_evicts_the_deeper_block() -> None:
-    aware = LengthAware()
+    aware = OneByOne(LengthAware())
     aware.add(1, block(1, depth=9), 5.0)
     aware.add(2, block(2, depth=3), 0.0)
     aware.add(3, block(3, depth=99, uses=2), 0.0)
@@ -134,14 +164,14 @@ def test_of_equal_use_the_length_aware_cache_evicts_the_deeper_block() -> None:
 
 
 def test_of_equal_chance_cost_aware_keeps_what_takes_longer_to_compute() -> None:
-    aware = CostAware(lambda depth: 1.0 + depth)
+    aware = OneByOne(CostAware(lambda depth: 1.0 + depth))
     aware.add(1, block(1, depth=30), 0.0)
     aware.add(2, block(2, depth=1), 0.0)
     assert [aware.victim(1.0) for _ in range(2)] == [2, 1]
 
 
 def test_cost_aware_learns_that_blocks_used_once_do_not_come_back() -> None:
-    aware = CostAware(lambda _: 1.0)
+    aware = OneByOne(CostAware(lambda _: 1.0))
     for number in range(20_000):
         once, often = number.to_bytes(8, "little") * 2, bytes([0, number % 8]) * 8
         aware.add(number % 1000, Block(once, 0, 0, 1), float(number))
@@ -161,6 +191,11 @@ def test_cost_aware_learns_that_blocks_used_once_do_not_come_back() -> None:
 def test_ghosts_are_bounded_and_the_oldest_is_forgotten_first() -> None:
     ghosts: Ghosts[int] = Ghosts()
     for number in range(MIN_GHOSTS + 1):
-        ghosts.leave(number.to_bytes(4, "big"), number, 1)
-    assert len(ghosts) == MIN_GHOSTS
-    assert (ghosts.recall(bytes(4)), ghosts.recall(b"\0\0\0\1"), ghosts.recall(b"\0\0\0\1")) == (None, 1, None)
+        ghosts.leave([(number.to_bytes(4, "big"), number)], 1)
+    assert len(ghosts) == MIN_GHOSTS + 1 - MIN_GHOSTS // FORGOTTEN_AT_ONCE
+    first = (MIN_GHOSTS // FORGOTTEN_AT_ONCE).to_bytes(4, "big")
+    assert (ghosts.recall(bytes(4)), ghosts.recall(first), ghosts.recall(first)) == (
+        None,
+        MIN_GHOSTS // FORGOTTEN_AT_ONCE,
+        None,
+    )

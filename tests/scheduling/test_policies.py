@@ -5,6 +5,7 @@ from random import Random
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from kvasir.core.commands import Candidate
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
@@ -175,6 +176,7 @@ def test_ours_decodes_where_the_batch_will_be_small_when_the_prefill_is_done() -
         taken_context=np.array([4000, 0]),
         kv_tokens=np.array([10_000, 10_000]),
         taken_kv=np.array([4000, 0]),
+        can_prefill=np.array([False, False]),
         stays_s=10.0,
     )
     cluster = view((0, 0), decodes=columns)
@@ -183,3 +185,27 @@ def test_ours_decodes_where_the_batch_will_be_small_when_the_prefill_is_done() -
     later = rule(cluster, Candidate("p0", 5.0, 0.0, 0.0, 0), 1100)
     assert (later.instance, later.batch, later.context_tokens) == ("d0", 3, 3000)
     assert list(columns.expected(20.0).batch) == [0, 1]  # of three who came in 20 s, half have left
+
+
+def decode_by_ours(*rows: tuple[str, int, int, int], prefill: str = "p0", prefill_s: float = 1.0) -> str:
+    """Instances whose name begins with m are mixed."""
+    columns = decode_columns(*rows)
+    columns = structs.replace(columns, can_prefill=np.array([name.startswith("m") for name in columns.ids]))
+    cluster = structs.replace(view((0, 0), decodes=columns), tbt_s=0.1)
+    return DECODE_RULES["least-expected-tbt"](cluster, Candidate(prefill, 0.0, 0.0, prefill_s, 0), 1100).instance
+
+
+def test_ours_fills_those_that_only_decode_first_and_leaves_a_burst_room() -> None:
+    idle = ("m0", 0, 0, 10_000)
+    assert decode_by_ours(("d0", 5, 5000, 5000), idle) == "d0"
+    assert decode_by_ours(("d0", 5, 5000, 5000), ("d1", 3, 3000, 7000), idle) == "d1"
+    assert decode_by_ours(("d0", 7, 1000, 9000), idle) == "m0"  # 7 of 8 seats
+    assert decode_by_ours(("d0", 5, 8500, 1500), idle) == "m0"  # 87 % of its memory when the prefill is done
+    assert decode_by_ours(("d0", 5, 80_000, 500_000), idle) == "m0"  # steps of 88 ms
+
+
+def test_ours_keeps_a_prompt_on_a_mixed_instance_when_its_hand_off_would_show() -> None:
+    """1,000 tokens take 0.1 s to move."""
+    rows = ("d0", 2, 2000, 8000), ("m0", 0, 0, 10_000)
+    assert decode_by_ours(*rows, prefill="m0", prefill_s=0.05) == "m0"
+    assert decode_by_ours(*rows, prefill="m0", prefill_s=0.2) == "d0"

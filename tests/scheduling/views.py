@@ -25,5 +25,6 @@ def decode_columns(*rows: tuple[str, int, int, int]) -> DecodeColumns:
         taken_context=context,
         kv_tokens=free + context,
         taken_kv=context,
+        can_prefill=np.zeros(len(rows), dtype=np.bool_),
         stays_s=10.0,
     )

@@ -27,6 +27,19 @@ def test_an_edge_is_found_within_the_resolution(edge: float) -> None:
     assert edge / 1.02 <= found <= edge
 
 
+def test_a_good_guess_needs_few_probes() -> None:
+    wide = find_capacity(passing(lambda speed: speed <= 3.28), start=3.0)
+    close = find_capacity(passing(lambda speed: speed <= 3.28), start=3.0, stride=1.1)
+    assert close.speed == pytest.approx(3.28, rel=0.02)
+    assert len(close.probes) < len(wide.probes)
+
+
+def test_below_the_lowest_speed_nobody_looks() -> None:
+    result = find_capacity(passing(lambda speed: speed < 0.4), lowest=0.5)
+    assert result.speed is None
+    assert min(p.speed for p in result.probes) == 0.5
+
+
 def test_a_cluster_that_serves_nothing_has_no_capacity() -> None:
     result = find_capacity(passing(lambda speed: False))
     assert result.speed is None

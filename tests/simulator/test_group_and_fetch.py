@@ -40,6 +40,9 @@ class Script:
             return [cmd.Decode(event.request_id, self._decode, event.instance)]
         return self._also(event)
 
+    def wants_report(self, instance: str, epoch: int) -> bool:
+        return True
+
 
 def scripted(
     played: Trace,

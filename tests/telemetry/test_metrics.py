@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvasir.core.events import InstanceInfo, InstanceLoad
-from kvasir.core.pool_events import PoolStats, TenantStats
+from kvasir.core.pool_events import PoolStats
 from kvasir.core.request import Role, Slo
-from kvasir.core.usage import TransportUsage
+from kvasir.core.usage import TenantUsage, TransportUsage
 from kvasir.report.timeline import RequestRecord
 from kvasir.telemetry.histogram import Histogram
 from kvasir.telemetry.metrics import Metrics
@@ -25,6 +25,7 @@ class Status:
     pools: dict[str, PoolStats] = field(default_factory=dict)
     counters: dict[str, float] = field(default_factory=dict)
     transports: dict[str, tuple[TransportUsage, ...]] = field(default_factory=dict)
+    tenants: dict[str, tuple[TenantUsage, ...]] = field(default_factory=dict)
 
 
 def metrics_of(status: Status) -> Metrics:
@@ -153,8 +154,8 @@ def test_transports_and_tenants_have_their_own() -> None:
         TransportUsage("tcp", bytes=10, transfers=4, failures=1, retries=2, seconds=0.5, queued=3),
         TransportUsage("shm"),
     )
-    tenants = (TenantStats("a", 5, 10), TenantStats("b", 6, None))
-    metrics = metrics_of(Status(transports={"n0": transports}, pools={"n0": PoolStats(tenants=tenants)}))
+    tenants = (TenantUsage("a", 5, 10), TenantUsage("b", 6))
+    metrics = metrics_of(Status(transports={"n0": transports}, tenants={"n0": tenants}))
     for name, count in (("bytes", 10), ("transfers", 4), ("failures", 1), ("retries", 2), ("seconds", 0.5)):
         assert value(metrics, f"kvasir_transfer_{name}_total", node="n0", transport="tcp") == count
     assert value(metrics, "kvasir_transfer_queue_length", node="n0", transport="tcp") == 3

@@ -24,6 +24,9 @@ from kvasir.core.errors import ClusterError, KvasirError
 from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import (
     AdoptLease,
+    FetchDone,
+    Fetching,
+    FetchStart,
     KeyedSlot,
     LeaseBlocks,
     Leased,
@@ -72,7 +75,7 @@ class Mover(Protocol):
         priority: int,
         on_layer: Callable[[int], None] | None = None,
     ) -> None:
-        """Raises ClusterError when the bytes did not come, in full and in time.
+        """`pairs` are not empty. Raises ClusterError when the bytes did not come, in full and in time.
 
         With `on_layer`, the first layer of all pairs comes first, then the second ...; it hears how many have come.
         """
@@ -93,11 +96,13 @@ class _Filling:
 
     lease: str
     keys: tuple[BlockKey, ...]
+    tenant: str = ""
     there: tuple[int, ...] = ()
     coming: tuple[int, ...] = ()
     started_s: float = 0.0
     layers: int = 0
     moved: asyncio.Event = field(default_factory=asyncio.Event)
+    is_fetching: bool = False
     wanted: BringBlocks | None = None  # who computes on it already
     is_lost: bool = False  # and is to notice that it never came, before the slots are given to others
 
@@ -133,7 +138,7 @@ class Bringer:
 
     async def bring(self, want: BringBlocks) -> Leased | Refused:
         """Wait `within_s` for the planned prefix, then lease what is there; what comes later is for others."""
-        filling = _Filling(f"bring#{next(self._numbers)}", want.keys[: want.blocks])
+        filling = _Filling(f"bring#{next(self._numbers)}", want.keys[: want.blocks], want.tenant)
         task = self._tasks.create_task(self._fill(filling, want.sources, FETCH))
         give_up = self._clock() + want.within_s
         while not task.done() and (left_s := give_up - self._clock()) > 0.0:
@@ -143,7 +148,7 @@ class Bringer:
             moved = asyncio.ensure_future(filling.moved.wait())
             await asyncio.wait({task, moved}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             moved.cancel()
-        answer = self._host.ask(LeaseBlocks(want.owner, want.epoch, want.lease, want.keys))
+        answer = self._host.ask(LeaseBlocks(want.owner, want.epoch, want.lease, want.keys, want.tenant))
         self._release_after(task, filling)
         assert isinstance(answer, Leased | Refused), answer
         return answer
@@ -156,7 +161,7 @@ class Bringer:
                 del self._landing[name]
                 filling.wanted = None
                 if filling.is_lost:
-                    self._revoke(filling.coming)
+                    self._end_fetch(filling, 0)
                     self._release(filling.lease)
 
     def _promise(self, want: BringBlocks, filling: _Filling, task: asyncio.Task[None]) -> Leased:
@@ -169,22 +174,22 @@ class Bringer:
     def _keep_promise(self, filling: _Filling, *, has_come: bool) -> None:
         """Called in the turn in which the blocks were published, or it was clear that they will not be."""
         want, missing = filling.wanted, self._host.arena.missing
-        if want is None:
-            missing[list(filling.coming)] = 0
-            return
-        slots = filling.there + filling.coming
-        leased = None
-        if has_come:
-            leased = self._host.ask(LeaseBlocks(want.owner, want.epoch, want.lease, want.keys[: len(slots)]))
-        if isinstance(leased, Leased) and leased.slots == slots:
-            del self._landing[want.lease]
+        lost = [] if has_come else list(filling.coming)
+        if want is not None and has_come:
+            slots = filling.there + filling.coming
+            leased = self._host.ask(LeaseBlocks(want.owner, want.epoch, want.lease, want.keys[: len(slots)], want.tenant))
+            if isinstance(leased, Leased):
+                # where another copy came first, whoever computes reads ours, which nobody keeps
+                lost = [slot for slot, first in zip(slots, leased.slots, strict=False) if slot != first]
+        missing[list(filling.coming)] = 0
+        if want is None or not lost:
+            self._landing = {name: other for name, other in self._landing.items() if other is not filling}
             filling.wanted = None
-            missing[list(filling.coming)] = 0
             return
-        if isinstance(leased, Leased):  # another copy came first: whoever computes reads ours, which nobody else keeps
+        if has_come:
             self._host.handle(ReleaseLease(want.owner, want.epoch, want.lease))
+        missing[lost] = LOST
         filling.is_lost = True
-        missing[list(filling.coming)] = LOST
 
     def _release_after(self, task: asyncio.Task[None], filling: _Filling) -> None:
         if task.done():
@@ -219,7 +224,7 @@ class Bringer:
         """
         lease, keys = filling.lease, filling.keys
         while True:
-            leased = self._host.ask(LeaseBlocks(MESSENGER, MESSENGER_EPOCH, lease, keys))
+            leased = self._host.ask(LeaseBlocks(MESSENGER, MESSENGER_EPOCH, lease, keys, filling.tenant))
             assert isinstance(leased, Leased), leased
             missing = keys[len(leased.slots) :]
             if not missing or (other := self._under_way.get(missing[0])) is None:
@@ -260,7 +265,8 @@ class Bringer:
         try:
             peer = self._peers.get(source)
             async with _lent(peer, remote, peer.lease(remote, keys)) as lent:
-                filling.coming = self._reserve(len(lent))
+                filling.coming = self._start_fetch(filling.lease, len(lent))
+                filling.is_fetching = True
                 self._host.arena.missing[list(filling.coming)] = self._num_layers
                 filling.started_s = self._clock()
                 pairs = list(zip(lent, filling.coming, strict=False))
@@ -270,13 +276,13 @@ class Bringer:
             self._log.warning("fetch failed", source=source, blocks=len(keys), error=str(error))
         finally:
             if has_come:
+                self._end_fetch(filling, len(filling.coming))
                 self._publish(filling.lease, keys, filling.coming)
             self._keep_promise(filling, has_come=has_come)
-            if has_come:
-                filling.there += filling.coming
-            elif not filling.is_lost:
-                self._revoke(filling.coming)
+            if not has_come and not filling.is_lost:
+                self._end_fetch(filling, 0)
             if not filling.is_lost:
+                filling.there += filling.coming if has_come else ()
                 filling.coming, filling.layers = (), 0
 
     def _layer_came(self, filling: _Filling, layers: int) -> None:
@@ -288,7 +294,7 @@ class Bringer:
     async def _receive(self, want: ReceiveLease) -> None:
         """A hand-off, with its partly filled last block; what of it is here already is not moved."""
         lease, peer = want.lease, self._peers.get(want.source)
-        own = self._host.handle(LeaseBlocks(MESSENGER, MESSENGER_EPOCH, lease, want.keys))
+        own = self._host.handle(LeaseBlocks(MESSENGER, MESSENGER_EPOCH, lease, want.keys, want.tenant))
         if not isinstance(own, Leased):
             raise ClusterError(f"cannot open lease {lease!r} here: {own}")
         num_own, slots = len(own.slots), tuple[int, ...]()
@@ -312,6 +318,17 @@ class Bringer:
             raise ClusterError(f"{self._peers.me} exchanges no blocks with other nodes: it was started without an address")
         if pairs:
             await self._mover.read(peer.arena, pairs, within_s=READ_S, priority=priority, on_layer=on_layer)
+
+    def _start_fetch(self, lease: str, number: int) -> tuple[int, ...]:
+        """Up to so many slots, which nobody else gets before `_end_fetch`."""
+        answer = self._host.handle(FetchStart(MESSENGER, MESSENGER_EPOCH, lease, number))
+        return answer.slots if isinstance(answer, Fetching) else ()
+
+    def _end_fetch(self, filling: _Filling, num_good: int) -> None:
+        """Nothing writes into the slots any more; the first `num_good` are ours to publish, the others are free. Once only."""
+        if filling.coming and filling.is_fetching:
+            filling.is_fetching = False
+            self._host.handle(FetchDone(MESSENGER, MESSENGER_EPOCH, filling.lease, num_good))
 
     # --- slots -------------------------------------------------------------------------------------------------
 

@@ -224,6 +224,7 @@ class Hub:
             dict(self._pools),
             dict(self._counters + self._conductor.counters),
             {node: report.transports for node, report in self._reports.items()},
+            {node: report.tenants for node, report in self._reports.items()},
         )
 
     # --- the instances' and pools' side ------------------------------------------------------------------------
@@ -471,6 +472,7 @@ class Hub:
             rank=rank,
             prefix=prefix,
             source=source,
+            tenant=submission.tenant,
         )
         if not self._send(instance, message):
             self._counters["undelivered"] += 1

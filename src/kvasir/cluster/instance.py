@@ -184,16 +184,18 @@ class InstanceBody:
         if source is None:
             return await self._pool.adopt(run), computed
         keys = self._full_keys(sequence, computed)
-        return await self._pool.receive(run, keys, -(-computed // self._block_tokens), source), computed
+        count, tenant = -(-computed // self._block_tokens), sequence.request.tenant
+        return await self._pool.receive(run, keys, count, source, tenant=tenant), computed
 
     async def _prefix(self, sequence: _Sequence) -> tuple[tuple[int, ...], int]:
         """The cached prefix; at least one token is left to compute, since its logits are needed."""
-        run, plan = sequence.request.run, sequence.request.prefix
+        run, plan, tenant = sequence.request.run, sequence.request.prefix, sequence.request.tenant
         keys = self._full_keys(sequence, len(sequence.tokens) - 1)
         if plan is None:
-            pages = await self._pool.lease(run, keys)
+            pages = await self._pool.lease(run, keys, tenant=tenant)
         else:
-            pages = await self._pool.bring(run, keys, self._for_one_chunk(plan, len(sequence.tokens)))
+            plan = self._for_one_chunk(plan, len(sequence.tokens))
+            pages = await self._pool.bring(run, keys, plan, tenant=tenant)
         if sequence.cached is None:
             sequence.cached = len(pages) * self._block_tokens
         return pages, len(pages) * self._block_tokens

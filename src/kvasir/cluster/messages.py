@@ -10,7 +10,7 @@ from kvasir.core.events import InstanceInfo, InstanceLoad
 from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import PoolStats
 from kvasir.core.request import FinishReason, Sampling
-from kvasir.core.usage import TransportUsage
+from kvasir.core.usage import TenantUsage, TransportUsage
 from kvasir.engine.interface import ModelSpec
 from kvasir.store.messenger.transport import PeerArena
 
@@ -62,6 +62,7 @@ class RunRequest(Message, frozen=True):
     rank: float | None = None
     prefix: PrefixPlan | None = None
     source: str | None = None
+    tenant: str = ""
 
 
 class CancelRun(Message, frozen=True):
@@ -162,6 +163,7 @@ class PoolReport(Message, frozen=True):
     node: str
     stats: PoolStats
     transports: tuple[TransportUsage, ...] = ()
+    tenants: tuple[TenantUsage, ...] = ()
 
 
 class OrderDone(Message, frozen=True):

@@ -15,13 +15,13 @@ class MessengerMover:
     """Implements `Mover`."""
 
     def __init__(self, messenger: Messenger):
-        self.messenger = messenger
+        self._messenger = messenger
 
     def usage(self) -> tuple[TransportUsage, ...]:
         """What each transport did since the start."""
         return tuple(
             TransportUsage(name, s.nbytes, s.transfers, s.failures.total(), s.retries, s.seconds, s.active)
-            for name, s in self.messenger.stats.items()
+            for name, s in self._messenger.stats.items()
         )
 
     async def read(
@@ -36,4 +36,4 @@ class MessengerMover:
         """Raises TransferError."""
         there, here = zip(*pairs, strict=True)
         deadline_s = asyncio.get_running_loop().time() + within_s
-        await self.messenger.fetch(Fetch((Source(peer, there),), here, deadline_s, Priority(priority), on_layer))
+        await self._messenger.fetch(Fetch((Source(peer, there),), here, deadline_s, Priority(priority), on_layer))

@@ -53,15 +53,15 @@ class Pool(Protocol):
         """Up to `count` slots."""
         ...
 
-    async def lease(self, lease: str, keys: Sequence[BlockKey]) -> tuple[int, ...]:
-        """Open a lease over the longest prefix of `keys` that is here; its slots in order."""
+    async def lease(self, lease: str, keys: Sequence[BlockKey], *, tenant: str = "") -> tuple[int, ...]:
+        """Lease the longest prefix of `keys` that is here; its slots in order. What is put under the lease is `tenant`'s."""
         ...
 
     async def offer(self, lease: str, slots: Sequence[int], ttl_s: float) -> None:
         """Append the reserved `slots` and let any instance adopt the lease for `ttl_s` from now."""
         ...
 
-    async def bring(self, lease: str, keys: Sequence[BlockKey], plan: PrefixPlan) -> tuple[int, ...]:
+    async def bring(self, lease: str, keys: Sequence[BlockKey], plan: PrefixPlan, *, tenant: str = "") -> tuple[int, ...]:
         """As `lease`, after the planned prefix was brought from the SSD or from another node, or its time is over."""
         ...
 
@@ -69,7 +69,9 @@ class Pool(Protocol):
         """Take over a lease on offer; all its slots in order."""
         ...
 
-    async def receive(self, lease: str, keys: Sequence[BlockKey], count: int, source: str) -> tuple[int, ...]:
+    async def receive(
+        self, lease: str, keys: Sequence[BlockKey], count: int, source: str, *, tenant: str = ""
+    ) -> tuple[int, ...]:
         """As `adopt`, of a lease of `count` blocks that is on offer on another node; `keys` name the full ones."""
         ...
 
@@ -98,20 +100,31 @@ class PoolCaller:
         assert isinstance(answer, Reserved), answer
         return answer.slots
 
-    async def lease(self, lease: str, keys: Sequence[BlockKey]) -> tuple[int, ...]:
-        return await self._open(LeaseBlocks(self._owner, self._epoch, lease, tuple(keys)))
+    async def lease(self, lease: str, keys: Sequence[BlockKey], *, tenant: str = "") -> tuple[int, ...]:
+        return await self._open(LeaseBlocks(self._owner, self._epoch, lease, tuple(keys), tenant))
 
-    async def bring(self, lease: str, keys: Sequence[BlockKey], plan: PrefixPlan) -> tuple[int, ...]:
+    async def bring(self, lease: str, keys: Sequence[BlockKey], plan: PrefixPlan, *, tenant: str = "") -> tuple[int, ...]:
         event = BringBlocks(
-            self._owner, self._epoch, lease, tuple(keys), plan.blocks, plan.sources, plan.within_s, plan.hidden_s
+            owner=self._owner,
+            epoch=self._epoch,
+            lease=lease,
+            keys=tuple(keys),
+            blocks=plan.blocks,
+            sources=plan.sources,
+            within_s=plan.within_s,
+            hidden_s=plan.hidden_s,
+            tenant=tenant,
         )
         return await self._open(event, plan.within_s)
 
     async def adopt(self, lease: str) -> tuple[int, ...]:
         return await self._open(AdoptLease(self._owner, self._epoch, lease))
 
-    async def receive(self, lease: str, keys: Sequence[BlockKey], count: int, source: str) -> tuple[int, ...]:
-        return await self._open(ReceiveLease(self._owner, self._epoch, lease, tuple(keys), count, source), RECEIVE_S)
+    async def receive(
+        self, lease: str, keys: Sequence[BlockKey], count: int, source: str, *, tenant: str = ""
+    ) -> tuple[int, ...]:
+        event = ReceiveLease(self._owner, self._epoch, lease, tuple(keys), count, source, tenant)
+        return await self._open(event, RECEIVE_S)
 
     async def offer(self, lease: str, slots: Sequence[int], ttl_s: float) -> None:
         deadline_s = self._clock() + ttl_s
@@ -290,7 +303,7 @@ def _at_once(event: OwnerEvent | BodyEvent) -> OwnerEvent:
     """A pool without a body brings nothing: the same call over what is there."""
     match event:
         case BringBlocks():
-            return LeaseBlocks(event.owner, event.epoch, event.lease, event.keys)
+            return LeaseBlocks(event.owner, event.epoch, event.lease, event.keys, event.tenant)
         case ReceiveLease():
             return AdoptLease(event.owner, event.epoch, event.lease)
         case _:

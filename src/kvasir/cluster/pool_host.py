@@ -8,6 +8,7 @@ from kvasir.cluster.messages import BlocksChanged, HelloPool, PeerPool
 from kvasir.core.errors import InvariantError
 from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import (
+    Fetching,
     Leased,
     Loaded,
     Loading,
@@ -33,7 +34,7 @@ MESSENGER = "messenger"
 MESSENGER_EPOCH = 0
 """Owner of what the pool's own body brings: it lives as long as the pool."""
 
-Answer = Reserved | Leased | Loading | Loaded | Pinned | Refused | None
+Answer = Reserved | Leased | Loading | Fetching | Loaded | Pinned | Refused | None
 
 
 class PoolHost:
@@ -66,7 +67,7 @@ class PoolHost:
                     self._changed.update({(tier, key): True for key in keys})
                 case Removed(keys=keys, tier=tier):
                     self._changed.update({(tier, key): False for key in keys})
-                case Reserved(slots=slots) | Loading(slots=slots):
+                case Reserved(slots=slots) | Loading(slots=slots) | Fetching(slots=slots):
                     self.arena.generations[list(slots)] += 1
                     self.arena.missing[list(slots)] = 0
                     answer = said
@@ -79,10 +80,15 @@ class PoolHost:
         return answer
 
     def ask(self, event: PoolEvent) -> Reserved | Leased | Refused | None:
-        """As `handle`, for an event that brings nothing from the SSD."""
+        """As `handle`, for an event that brings nothing from elsewhere."""
         answer = self.handle(event)
-        assert not isinstance(answer, Loading | Loaded | Pinned), answer
+        assert not isinstance(answer, Loading | Fetching | Loaded | Pinned), answer
         return answer
+
+    @property
+    def now(self) -> float:
+        """By the clock that the brain hears."""
+        return self._clock()
 
     @property
     def has_changes(self) -> bool:

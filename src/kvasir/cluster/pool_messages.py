@@ -37,6 +37,7 @@ class BringBlocks(PoolEvent, frozen=True):
     sources: tuple[str, ...]
     within_s: float
     hidden_s: float = 0.0
+    tenant: str = ""
 
 
 class ReceiveLease(PoolEvent, frozen=True):
@@ -46,6 +47,7 @@ class ReceiveLease(PoolEvent, frozen=True):
     keys: tuple[BlockKey, ...]
     count: int
     source: str
+    tenant: str = ""
 
 
 OwnerEvent = OwnerJoined | PutStart | PutEnd | PutRevoke | LeaseBlocks | ReleaseLease | OfferLease | AdoptLease

@@ -22,7 +22,7 @@ from kvasir.cluster.disk import start_disk
 from kvasir.cluster.lifeline import child_config, remove_runtime_directory, run_child
 from kvasir.cluster.messages import PeerPool, PoolReport, Shutdown
 from kvasir.cluster.mover import MessengerMover
-from kvasir.cluster.orders import ClearCache, PinBlocks, SetTenantQuota, UnpinBlocks
+from kvasir.cluster.orders import Order
 from kvasir.cluster.peers import OpenChannel, Peers, tcp_channel
 from kvasir.cluster.pool_host import PoolHost
 from kvasir.cluster.pool_messages import (
@@ -44,7 +44,7 @@ from kvasir.cluster.wire import Channel, Listener, ZmqChannel, ZmqListener, tcp_
 from kvasir.core.errors import ConfigError, KvasirError
 from kvasir.core.pool_events import LeaseBlocks, OwnerJoined, OwnerLost, Refused, ReleaseLease
 from kvasir.core.units import format_size
-from kvasir.core.usage import TransportUsage
+from kvasir.core.usage import TenantUsage, TransportUsage
 from kvasir.costs.fitted import FittedCost
 from kvasir.costs.roofline import RooflineCost
 from kvasir.pool.cost_aware import block_seconds
@@ -185,7 +185,7 @@ class PoolBody:
         if isinstance(event, ReceiveLease):
             return await self._bringer.receive(event)
         if self._num_bringing > MAX_BRINGING:
-            return self._host.ask(LeaseBlocks(event.owner, event.epoch, event.lease, event.keys))
+            return self._host.ask(LeaseBlocks(event.owner, event.epoch, event.lease, event.keys, event.tenant))
         return await self._bringer.bring(event)
 
     def _reply(self, peer: str, call_id: int | None, event: OwnerEvent | BodyEvent, answer: OwnerAnswer | None) -> None:
@@ -212,8 +212,8 @@ class PoolBody:
                 case CopyBlocks(source=source, keys=keys):
                     if self._num_bringing < MAX_BRINGING:
                         self._tasks.create_task(self._bringer.copy(source, keys))
-                case ClearCache() | PinBlocks() | UnpinBlocks() | SetTenantQuota() as order:
-                    self._hub.send(carry_out(order, self._host, self._node, asyncio.get_running_loop().time()))
+                case Order() as order:
+                    self._hub.send(carry_out(order, self._host, self._node))
                     self._flush_soon()
                 case Resync():
                     self._host.start_over()
@@ -231,7 +231,8 @@ class PoolBody:
         since_check = 0.0
         while True:
             stats = replace(self._host.node.stats(), broken_invariants=self.broken_invariants)
-            self._hub.send(PoolReport(self._node, stats, self._usage()))
+            tenants = tuple([TenantUsage(t.tenant, t.published, t.quota) for t in stats.tenants])
+            self._hub.send(PoolReport(self._node, stats, self._usage(), tenants))
             await asyncio.sleep(REPORT_S)
             since_check += REPORT_S
             if since_check >= CHECK_S:

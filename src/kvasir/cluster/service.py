@@ -12,7 +12,7 @@ from kvasir.core.errors import ClusterError
 from kvasir.core.events import InstanceInfo, InstanceLoad
 from kvasir.core.pool_events import PoolStats
 from kvasir.core.request import FinishReason, Sampling
-from kvasir.core.usage import TransportUsage
+from kvasir.core.usage import TenantUsage, TransportUsage
 from kvasir.engine.interface import ModelSpec, SampledToken
 
 
@@ -77,6 +77,7 @@ class ClusterStatus:
     pools: dict[str, PoolStats]
     counters: dict[str, float] = field(default_factory=dict)
     transports: dict[str, tuple[TransportUsage, ...]] = field(default_factory=dict)
+    tenants: dict[str, tuple[TenantUsage, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

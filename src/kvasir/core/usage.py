@@ -1,4 +1,4 @@
-"""What a node reports of its transports, for metrics and for people."""
+"""What a node reports of its transports and its tenants, for metrics and for people."""
 
 from __future__ import annotations
 
@@ -18,3 +18,11 @@ class TransportUsage(Struct, frozen=True):
     retries: int = 0
     seconds: float = 0.0
     queued: int = 0
+
+
+class TenantUsage(Struct, frozen=True):
+    """Blocks of one tenant in a node's DRAM now, and how many it may have (None: no quota)."""
+
+    tenant: str
+    blocks: int
+    quota: int | None = None

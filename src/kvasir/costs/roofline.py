@@ -54,10 +54,11 @@ class RooflineCost(Struct, frozen=True, tag=True):
         if batch <= 0:
             return 0.0
         hw, shape = self.hardware, self.shape
-        seconds = self._read_s(context_tokens)
+        seconds = (shape.weight_bytes + context_tokens * shape.kv_bytes_per_token) / hw.effective_memory_bandwidth
         if not self.one_bound_each:
-            flops = shape.linear_flops * batch + shape.attention_flops * context_tokens
-            seconds = max(seconds, flops / hw.effective_flops)
+            flops_s = (shape.linear_flops * batch + shape.attention_flops * context_tokens) / hw.effective_flops
+            if flops_s > seconds:
+                seconds = flops_s
         return hw.step_overhead_s + seconds
 
     def decode_steps_s(self, batch: npt.NDArray[np.int64], context_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

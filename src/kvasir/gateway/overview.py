@@ -79,7 +79,7 @@ def _node(name: str, status: ClusterStatus, block_bytes: int) -> Json:
         "misses": misses(stats),
         "tiers": [_tier(tier, stats, block_bytes) for tier in tier_blocks(stats)],
         "transports": [asdict(transport) for transport in status.transports.get(name, ())],
-        "tenants": [{"tenant": usage.tenant, "blocks": usage.published, "quota": usage.quota} for usage in stats.tenants],
+        "tenants": [asdict(usage) for usage in status.tenants.get(name, ())],
     }
 
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
-from kvasir.core.keys import BlockKey
 from kvasir.costs.model import CostModel
 from kvasir.pool.eviction import Block
 from kvasir.pool.ghosts import Ghosts
-from kvasir.pool.reuse import MAX_CLASS, ReuseRates
+from kvasir.pool.reuse import MAX_CLASS, SAMPLE, ReuseRates
 
 BlockSeconds = Callable[[int], float]
 """Seconds to compute block `depth` of a sequence when all before it is in place; never less for a deeper one."""
@@ -31,36 +31,44 @@ _NUM_CLASSES = (MAX_CLASS + 1) * COST_CLASSES
 _USES_CLASS = tuple(c // COST_CLASSES for c in range(_NUM_CLASSES))
 _RELATIVE_COST = tuple(2 ** (c % COST_CLASSES / 2) for c in range(_NUM_CLASSES))
 
+_MANY_USES = 1 << MAX_CLASS - 1
+_FIRST_OF_USES = [COST_CLASSES * uses.bit_length() for uses in range(_MANY_USES)]
+_FIRST_OF_MANY = COST_CLASSES * MAX_CLASS
+"""The class of least costs of blocks with so many uses."""
+
 
 def block_seconds(costs: CostModel, block_tokens: int) -> BlockSeconds:
     """As the cost model predicts it for blocks of `block_tokens`."""
     return lambda depth: costs.prefill_s(block_tokens, depth * block_tokens)
 
 
-class _Stay:
-    """A block's stay in a slot: uses of its earlier stays, and since when and in which class it is idle."""
+class _Run:
+    """Idle blocks of one sequence that were released together and are of one class, deepest first.
 
-    __slots__ = ("class_", "idle_since", "is_watched", "key", "past_uses", "total_uses")
+    What is evicted goes from its start, and what is leased again, a prefix of the sequence, from its end.
+    """
 
-    def __init__(self, key: BlockKey, past_uses: int, is_watched: bool):
-        self.key = key
-        self.is_watched = is_watched
-        self.past_uses = past_uses
-        self.total_uses = past_uses
-        self.idle_since = 0.0
-        self.class_ = 0
+    __slots__ = ("blocks", "since", "slots")
+
+    def __init__(self, slots: Sequence[int], blocks: Sequence[Block], since: float):
+        self.slots = list(slots)
+        self.blocks = list(blocks)
+        self.since = since
 
 
 class CostAware:
-    """O(1) a block; a first victim at some time costs one look at each class in use, further ones at that time O(1)."""
+    """O(1) a block, and most of it is done for runs of blocks; a first victim at some time costs one look at each class in
+    use, further ones at that time O(1).
+    """
 
     def __init__(self, seconds: BlockSeconds):
         self._seconds = seconds
         self._rates = ReuseRates()
-        self._stays: dict[int, _Stay] = {}
         self._ghosts: Ghosts[int] = Ghosts()
-        self._classes: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(_NUM_CLASSES)]
+        self._classes: list[OrderedDict[int, _Run]] = [OrderedDict() for _ in range(_NUM_CLASSES)]  # by number, oldest first
+        self._num_runs = 0  # so far, which numbers the next; a block notes in which it is
         self._class_of_depth: list[int] = []
+        self._num_known = 0  # blocks that have been idle in their slot
         self._len = 0
         self._order: list[tuple[float, int]] = []  # worths of the heads of classes as of _order_now, best first
         self._order_now = math.nan
@@ -69,69 +77,115 @@ class CostAware:
         return self._len
 
     def __iter__(self) -> Iterator[int]:
-        for members in self._classes:
-            yield from members
+        for runs in self._classes:
+            for run in runs.values():
+                yield from run.slots
 
-    def add(self, slot: int, block: Block, now: float) -> None:
-        key = block.key
-        stay = self._stays.get(slot)
-        if stay is None or stay.key != key:
-            stay = self._stays[slot] = _Stay(key, self._ghosts.recall(key) or 0, self._rates.watches(key))
-            if stay.is_watched:
-                self._rates.used(key, now)
-        stay.total_uses = uses = stay.past_uses + block.uses
-        stay.idle_since = now
-        uses_class = min(uses.bit_length(), MAX_CLASS)
-        known, depth = self._class_of_depth, block.deepest
-        stay.class_ = class_ = uses_class * COST_CLASSES + (known[depth] if depth < len(known) else self._cost_class(depth))
-        self._classes[class_][slot] = None
-        self._len += 1
+    def add(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
+        if new := [block for block in blocks if block.class_ is None]:
+            self._meet(new, now)
+        start = 0
+        for class_, group in groupby(self._classes_of(blocks)):
+            end = start + len(list(group))
+            self._num_runs = number = self._num_runs + 1
+            run = self._classes[class_][number] = _Run(slots[start:end], blocks[start:end], now)
+            for block in run.blocks:
+                block.class_, block.run = class_, number
+            start = end
+        for block in blocks:
+            if block.is_watched:
+                self._rates.released(block.key, block.class_ // COST_CLASSES, now)  # type: ignore[operator]  # it has one now
+        self._len += len(slots)
         self._order_now = math.nan
-        if stay.is_watched:
-            self._rates.released(key, uses_class, now)
 
-    def remove(self, slot: int, now: float) -> None:
-        stay = self._leave_class(slot)
-        if stay.is_watched:
-            self._rates.used(stay.key, now)
+    def remove(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
+        for slot, block in zip(slots, blocks, strict=True):
+            self._leave_run(slot, block)
+            if block.is_watched:
+                self._rates.used(block.key, now)
+        self._len -= len(slots)
+        self._order_now = math.nan
 
-    def forget(self, slot: int, now: float) -> None:
-        self._leave_class(slot)
-        del self._stays[slot]
+    def forget(self, slot: int, block: Block, now: float) -> None:
+        self._leave_run(slot, block)
+        block.class_ = None
+        self._len -= 1
+        self._num_known -= 1
+        self._order_now = math.nan
 
-    def victim(self, now: float) -> int | None:
-        if not self._len:
-            return None
+    def _leave_run(self, slot: int, block: Block) -> None:
+        assert block.class_ is not None, "a block that is idle has a class"
+        runs = self._classes[block.class_]
+        run = runs[block.run]
+        place = -1 if run.slots[-1] == slot else run.slots.index(slot)
+        del run.slots[place], run.blocks[place]
+        if not run.slots:
+            del runs[block.run]
+
+    def victims(self, count: int, now: float) -> list[int]:
+        count = min(count, self._len)
         if self._order_now != now:
             self._order_now = now
-            self._order = sorted(
-                [(self._worth(c, members, now), c) for c, members in enumerate(self._classes) if members], reverse=True
-            )
-        order, stays = self._order, self._stays
-        class_ = order[-1][1]
-        members = self._classes[class_]
-        slot = members.popitem(last=False)[0]
-        self._len -= 1
-        stay = stays.pop(slot)
-        if not members:
-            order.pop()
-        elif stays[next(iter(members))].idle_since != stay.idle_since:  # else it is worth as much, and the class stays first
-            order.pop()
-            self._reinsert(self._worth(class_, members, now), class_)
-        self._ghosts.leave(stay.key, stay.total_uses, len(stays))
-        return slot
+            self._order = self._heads(now)
+        order, classes = self._order, self._classes
+        slots: list[int] = []
+        blocks: list[Block] = []
+        while count > len(slots):
+            class_ = order[-1][1]
+            runs = classes[class_]
+            number, run = next(iter(runs.items()))
+            end = count - len(slots)
+            if end < len(run.slots):
+                slots += run.slots[:end]
+                blocks += run.blocks[:end]
+                del run.slots[:end], run.blocks[:end]
+                break
+            slots += run.slots
+            blocks += run.blocks
+            del runs[number]
+            if not runs:
+                order.pop()
+            elif next(iter(runs.values())).since != run.since:  # else it is worth as much, and the class stays first
+                order.pop()
+                self._reinsert(self._worth(class_, runs, now), class_)
+        self._num_known -= len(slots)
+        self._ghosts.leave([(block.key, block.past_uses + block.uses) for block in blocks], self._num_known)
+        self._len -= len(slots)
+        return slots
 
-    def _leave_class(self, slot: int) -> _Stay:
-        stay = self._stays[slot]
-        del self._classes[stay.class_][slot]
-        self._len -= 1
-        self._order_now = math.nan
-        return stay
+    def _classes_of(self, blocks: Sequence[Block]) -> list[int]:
+        cost = self._cost_classes(max([block.deepest for block in blocks], default=0))
+        uses = [block.past_uses + block.uses for block in blocks]
+        return [
+            (_FIRST_OF_USES[count] if count < _MANY_USES else _FIRST_OF_MANY) + cost[block.deepest]
+            for count, block in zip(uses, blocks, strict=True)
+        ]
 
-    def _worth(self, class_: int, members: OrderedDict[int, None], now: float) -> float:
+    def _meet(self, blocks: list[Block], now: float) -> None:
+        """These are idle for the first time in their slots."""
+        self._num_known += len(blocks)
+        keys = [block.key for block in blocks]
+        if self._ghosts.has_any(keys):
+            for block in blocks:
+                block.past_uses = self._ghosts.recall(block.key) or 0
+        for block in blocks:
+            if block.key[0] % SAMPLE == 0:
+                block.is_watched = True
+                self._rates.used(block.key, now)
+
+    def _heads(self, now: float) -> list[tuple[float, int]]:
+        """The worths of the heads of classes, best first."""
+        heads, rate = [], self._rates.rate
+        for class_, runs in enumerate(self._classes):
+            if runs:
+                age_s = now - next(iter(runs.values())).since
+                heads.append((rate(_USES_CLASS[class_], age_s) * _RELATIVE_COST[class_], class_))
+        heads.sort(reverse=True)
+        return heads
+
+    def _worth(self, class_: int, runs: OrderedDict[int, _Run], now: float) -> float:
         """Of the head of a class: seconds saved per second, relative to the first block's."""
-        age_s = now - self._stays[next(iter(members))].idle_since
-        return self._rates.rate(_USES_CLASS[class_], age_s) * _RELATIVE_COST[class_]
+        return self._rates.rate(_USES_CLASS[class_], now - next(iter(runs.values())).since) * _RELATIVE_COST[class_]
 
     def _reinsert(self, worth: float, class_: int) -> None:
         """Into the order of heads, which is short; mostly the class stays first."""
@@ -141,9 +195,10 @@ class CostAware:
             place -= 1
         order.insert(place, (worth, class_))
 
-    def _cost_class(self, depth: int) -> int:
+    def _cost_classes(self, depth: int) -> list[int]:
+        """The class of costs of each depth, at least up to this one."""
         known = self._class_of_depth
         while len(known) <= depth:
             ratio = self._seconds(len(known)) / self._seconds(0)
             known.append(min(COST_CLASSES - 1, max(known[-1] if known else 0, int(2 * math.log2(max(1.0, ratio))))))
-        return known[depth]
+        return known

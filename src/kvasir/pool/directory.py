@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby, repeat
 from typing import NamedTuple
 
@@ -155,19 +155,20 @@ class BlockDirectory:
         joined = {old: (old[0] | added[0], old[1] | added[1]) if old else added for old in set(held)}
         holders.update(zip(keys, map(joined.__getitem__, held), strict=True))
 
-    def _remove(self, keys: Iterable[BlockKey], gone: Holders) -> None:
+    def _remove(self, keys: Sequence[BlockKey], gone: Holders) -> None:
         holders = self._holders
-        left: dict[Holders, Holders] = {}
-        for key in keys:
-            old = holders.get(key)
-            if old is None:
+        left: dict[Holders | None, Holders | None] = {None: None}
+        for key, old in zip(keys, list(map(holders.get, keys)), strict=True):
+            if old == gone:  # nobody else has it
+                holders.pop(key, None)
                 continue
-            new = left.get(old)
-            if new is None:
-                new = left[old] = (old[0] & ~gone[0], old[1] & ~gone[1])
+            if old not in left:
+                assert old is not None, "nobody is in the table already"
+                left[old] = (old[0] & ~gone[0], old[1] & ~gone[1])
+            new = left[old]
             if new == NOBODY:
-                del holders[key]
-            else:
+                holders.pop(key, None)
+            elif new is not None:
                 holders[key] = new
 
     def _bit(self, node: str) -> int:

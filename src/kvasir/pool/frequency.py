@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
 
 from kvasir.core.keys import BlockKey
@@ -38,15 +38,17 @@ class _Ranked:
     def remove(self, slot: int) -> None:
         del self._classes[self._ranks.pop(slot)][slot]
 
-    def pop(self) -> int | None:
+    def pop(self, count: int) -> list[int]:
         heap, classes = self._heap, self._classes
-        while heap:
+        slots: list[int] = []
+        while heap and len(slots) < count:
             if members := classes[heap[0]]:
                 slot = members.popitem(last=False)[0]
                 del self._ranks[slot]
-                return slot
-            del classes[heappop(heap)]
-        return None
+                slots.append(slot)
+            else:
+                del classes[heappop(heap)]
+        return slots
 
 
 class Lfu:
@@ -60,25 +62,27 @@ class Lfu:
         self._total: dict[int, int] = {}
         self._ghosts: Ghosts[int] = Ghosts()
 
-    def add(self, slot: int, block: Block, now: float) -> None:
-        known = self._known.get(slot)
-        if known is None or known[0] != block.key:
-            known = self._known[slot] = (block.key, self._ghosts.recall(block.key) or 0)
-        total = self._total[slot] = known[1] + block.uses
-        self._ranked.put(slot, (total, 0))
+    def add(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
+        for slot, block in zip(slots, blocks, strict=True):
+            known = self._known.get(slot)
+            if known is None or known[0] != block.key:
+                known = self._known[slot] = (block.key, self._ghosts.recall(block.key) or 0)
+            total = self._total[slot] = known[1] + block.uses
+            self._ranked.put(slot, (total, 0))
 
-    def remove(self, slot: int, now: float) -> None:
-        self._ranked.remove(slot)
+    def remove(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
+        for slot in slots:
+            self._ranked.remove(slot)
 
-    def forget(self, slot: int, now: float) -> None:
+    def forget(self, slot: int, block: Block, now: float) -> None:
         self._ranked.remove(slot)
         del self._known[slot], self._total[slot]
 
-    def victim(self, now: float) -> int | None:
-        slot = self._ranked.pop()
-        if slot is not None:
-            self._ghosts.leave(self._known.pop(slot)[0], self._total.pop(slot), len(self._known))
-        return slot
+    def victims(self, count: int, now: float) -> list[int]:
+        slots = self._ranked.pop(count)
+        gone = [(self._known.pop(slot)[0], self._total.pop(slot)) for slot in slots]
+        self._ghosts.leave(gone, len(self._known))
+        return slots
 
     def __len__(self) -> int:
         return len(self._ranked)
@@ -93,17 +97,19 @@ class LengthAware:
     def __init__(self) -> None:
         self._ranked = _Ranked()
 
-    def add(self, slot: int, block: Block, now: float) -> None:
-        self._ranked.put(slot, (block.uses, -block.depth))
+    def add(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
+        for slot, block in zip(slots, blocks, strict=True):
+            self._ranked.put(slot, (block.uses, -block.depth))
 
-    def remove(self, slot: int, now: float) -> None:
+    def remove(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
+        for slot in slots:
+            self._ranked.remove(slot)
+
+    def forget(self, slot: int, block: Block, now: float) -> None:
         self._ranked.remove(slot)
 
-    def forget(self, slot: int, now: float) -> None:
-        self._ranked.remove(slot)
-
-    def victim(self, now: float) -> int | None:
-        return self._ranked.pop()
+    def victims(self, count: int, now: float) -> list[int]:
+        return self._ranked.pop(count)
 
     def __len__(self) -> int:
         return len(self._ranked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Generic, TypeVar
 
 from kvasir.core.keys import BlockKey
@@ -9,6 +10,10 @@ from kvasir.core.keys import BlockKey
 T = TypeVar("T")
 
 MIN_GHOSTS = 1024
+FORGOTTEN_AT_ONCE = 8
+"""When there are too many, one in so many is forgotten. To look for the oldest alone would take longer the more have gone:
+a dict keeps the places of those that went before."""
+
 GHOSTS_PER_BLOCK = 4
 """A ghost costs some 200 bytes, a block hundreds of kilobytes; a cache several times larger is as far as memory helps."""
 
@@ -23,13 +28,22 @@ class Ghosts(Generic[T]):
     def __len__(self) -> int:
         return len(self._past)
 
-    def leave(self, key: BlockKey, past: T, num_blocks: int) -> None:
-        """A block was evicted, beside which `num_blocks` stay."""
-        self._past.pop(key, None)
-        self._past[key] = past
-        self._limit = max(self._limit, GHOSTS_PER_BLOCK * num_blocks)
-        if len(self._past) > self._limit:
-            del self._past[next(iter(self._past))]
+    def leave(self, gone: list[tuple[BlockKey, T]], num_blocks: int) -> None:
+        """Blocks were evicted, in this order, beside which `num_blocks` stay."""
+        ghosts = self._past
+        if not ghosts.keys().isdisjoint([key for key, _ in gone]):
+            for key, _ in gone:
+                ghosts.pop(key, None)
+        ghosts.update(gone)
+        limit = GHOSTS_PER_BLOCK * num_blocks
+        if limit > self._limit:
+            self._limit = limit
+        while len(ghosts) > self._limit:
+            for oldest in list(islice(ghosts, max(1, self._limit // FORGOTTEN_AT_ONCE))):
+                del ghosts[oldest]
+
+    def has_any(self, keys: list[BlockKey]) -> bool:
+        return not self._past.keys().isdisjoint(keys)
 
     def recall(self, key: BlockKey) -> T | None:
         """What was left behind under the key, if anything; it is forgotten with this."""

@@ -46,6 +46,7 @@ from kvasir.core.pool_events import (
     PoolEvent,
     PoolStats,
     PoolTick,
+    PutBlocks,
     PutEnd,
     PutRevoke,
     PutStart,
@@ -137,7 +138,7 @@ class PoolNode:
         if of_owner is None:
             return self._answer_any(event, now)
         owner = self._owners.get(event.owner)
-        if owner is None or not owner.alive or owner.epoch != event.epoch:
+        if owner is None or owner.epoch != event.epoch or not owner.alive:
             return self._refuse("stale_epoch", f"{event.owner} epoch {event.epoch} is not here; {_incarnation(owner)}")
         return of_owner(self, owner, event, now)
 
@@ -247,6 +248,25 @@ class PoolNode:
         owner.reserved.update(slots)
         return [*removed, Reserved(slots)]
 
+    def _put(self, owner: Owner, event: PutBlocks, now: float) -> list[PoolAnswer]:
+        lease = self._held(owner, event.lease)
+        if lease is None:
+            return self._refuse("unknown_lease", f"{event.owner} does not hold lease {event.lease!r}")
+        slots, removed = self._take(len(event.keys), now, lease.tenant)
+        if not slots:
+            return [*removed, Reserved(())]
+        keys = event.keys if len(slots) == len(event.keys) else event.keys[: len(slots)]
+        if self._retention is None and self._slots.publish_new(keys, slots, len(lease.slots)):
+            lease.slots += slots
+            lease.pinned += slots
+            stored = keys
+            if self._ssd is not None:
+                self._ssd.published(stored, now)
+            return [*removed, Reserved(slots), Stored(stored)]
+        owner.reserved.update(slots)
+        blocks = tuple([KeyedSlot(key, slot) for key, slot in zip(keys, slots, strict=True)])
+        return [*removed, Reserved(slots), *self._publish(owner, PutEnd(event.owner, event.epoch, event.lease, blocks), now)]
+
     def _take(self, count: int, now: float, tenant: str = "") -> tuple[tuple[int, ...], list[PoolAnswer]]:
         """Slots, and what to say about the blocks that were evicted for them."""
         removed: list[PoolAnswer] = []
@@ -283,6 +303,12 @@ class PoolNode:
 
     def _fill(self, owner: Owner, lease: Lease, blocks: Sequence[KeyedSlot], now: float) -> list[BlockKey]:
         """Publish what the lease holds or the owner has reserved; the keys that were not published before."""
+        slots, keys = [block.slot for block in blocks], [block.key for block in blocks]
+        if owner.reserved.issuperset(slots) and self._slots.publish_new(keys, slots, len(lease.slots)):
+            owner.reserved.difference_update(slots)
+            lease.slots += slots
+            lease.pinned += slots
+            return keys
         private, held, reserved, publish = lease.private, lease.slots, owner.reserved, self._slots.publish
         stored: list[BlockKey] = []
         for block in blocks:
@@ -332,11 +358,12 @@ class PoolNode:
         lease = self._leases.get(event.lease)
         if lease is not None and lease.owner not in (event.owner, None):
             return self._refuse("unknown_lease", f"lease {event.lease!r} belongs to {lease.owner}, not to {event.owner}")
-        if bad := self._not_givable(owner, lease, event.slots):
-            return self._refuse("bad_slot", f"{event.owner} cannot free slots {bad}: neither reserved nor private here")
-        freed = [slot for slot in event.slots if slot in owner.reserved]
-        owner.reserved.difference_update(freed)
-        self._slots.give_back(freed)
+        if event.slots:
+            if bad := self._not_givable(owner, lease, event.slots):
+                return self._refuse("bad_slot", f"{event.owner} cannot free slots {bad}: neither reserved nor private here")
+            freed = [slot for slot in event.slots if slot in owner.reserved]
+            owner.reserved.difference_update(freed)
+            self._slots.give_back(freed)
         if lease is not None:
             self._close(event.lease, now)
         return []
@@ -345,7 +372,7 @@ class PoolNode:
         lease = self._held(owner, event.lease)
         if lease is None:
             return self._refuse("unknown_lease", f"{event.owner} does not hold lease {event.lease!r}")
-        if bad := self._not_givable(owner, lease, event.slots):
+        if event.slots and (bad := self._not_givable(owner, lease, event.slots)):
             return self._refuse("bad_slot", f"{event.owner} cannot offer slots {bad}: neither reserved nor private here")
         for slot in event.slots:
             if slot in owner.reserved:
@@ -384,7 +411,8 @@ class PoolNode:
             del self._offers[lease_id]
         else:
             del self._owners[lease.owner].leases[lease_id]
-        self._slots.give_back(lease.private)
+        if lease.private:
+            self._slots.give_back(lease.private)
         self._slots.unpin(lease.pinned, now)
 
     # --- loads and fetches -------------------------------------------------------------------------------------
@@ -592,6 +620,7 @@ class PoolNode:
 _OF_OWNERS: dict[type[PoolEvent], Callable[[PoolNode, Owner, Any, float], list[PoolAnswer]]] = {
     PutStart: PoolNode._reserve,
     PutEnd: PoolNode._publish,
+    PutBlocks: PoolNode._put,
     PutRevoke: PoolNode._revoke,
     LeaseBlocks: PoolNode._lease,
     LoadStart: PoolNode._start_load,

@@ -47,25 +47,28 @@ class Retention:
     def __iter__(self) -> Iterator[int]:
         return iter(self._place)
 
-    def add(self, slot: int, block: Block, now: float) -> None:
-        place = self._place[slot] = self._place_of(block)
-        place.add(slot, block, now)
-        self.quotas.released(slot)
+    def add(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
+        for slot, block in zip(slots, blocks, strict=True):
+            place = self._place[slot] = self._place_of(block)
+            place.add([slot], [block], now)
+            self.quotas.released(slot)
 
-    def remove(self, slot: int, now: float) -> None:
-        self._place.pop(slot).remove(slot, now)
-        self.quotas.leased(slot)
+    def remove(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
+        for slot, block in zip(slots, blocks, strict=True):
+            self._place.pop(slot).remove([slot], [block], now)
+            self.quotas.leased(slot)
 
-    def forget(self, slot: int, now: float) -> None:
-        self._place.pop(slot).forget(slot, now)
+    def forget(self, slot: int, block: Block, now: float) -> None:
+        self._place.pop(slot).forget(slot, block, now)
         self._left(slot, now)
 
-    def victim(self, now: float) -> int | None:
-        slot = self._pick(now)
-        if slot is not None:
+    def victims(self, count: int, now: float) -> list[int]:
+        slots: list[int] = []
+        while len(slots) < count and (slot := self._pick(now)) is not None:
             del self._place[slot]
             self._left(slot, now)
-        return slot
+            slots.append(slot)
+        return slots
 
     # --- what goes out of order --------------------------------------------------------------------------------
 
@@ -73,7 +76,7 @@ class Retention:
         """Free up to `count` slots of blocks of the tenant's own, those that go first."""
         gone: list[Block] = []
         while len(gone) < count and (slot := self._first_own(tenant)) is not None:
-            self.forget(slot, now)
+            self.forget(slot, self._dram.block(slot), now)
             gone.append(self._dram.unpublish(slot))
         return gone
 
@@ -91,7 +94,7 @@ class Retention:
         while len(self._dram.free) < num_free and (slot := self._pick(now)) is not None:
             block = self._dram.block(slot)
             if block.key not in copies:
-                self._front.add(slot, block, now)
+                self._front.add([slot], [block], now)
                 self._place[slot] = self._front
                 break
             del self._place[slot]
@@ -134,8 +137,8 @@ class Retention:
     def _pick(self, now: float) -> int | None:
         """Taken out of its class, but not forgotten here."""
         for place in (self._front, *self._classes.values()):
-            if (slot := place.victim(now)) is not None:
-                return slot
+            if victims := place.victims(1, now):
+                return victims[0]
         return None
 
     def _first_own(self, tenant: str) -> int | None:
@@ -171,6 +174,6 @@ class Retention:
             block = self._dram.block(slot)
             new = self._place_of(block)
             if new is not place:
-                place.forget(slot, now)
-                new.add(slot, block, now)
+                place.forget(slot, block, now)
+                new.add([slot], [block], now)
                 self._place[slot] = new

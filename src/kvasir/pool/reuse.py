@@ -35,7 +35,9 @@ _CLASSES = range(1, MAX_CLASS + 1)
 
 
 class ReuseRates:
-    """Life tables, one for each class of uses: of the blocks that were idle for that long, how many were used in that octave.
+    """Of the blocks whose key's first byte is a multiple of SAMPLE; `released` and `used` are for those only.
+
+    Life tables, one for each class of uses: of the blocks that were idle for that long, how many were used in that octave.
 
     A block is watched whether it stays or is evicted, so what the policy does has no influence on what it sees. Rates
     never increase with age nor decrease with uses; where the tables say otherwise, neighbours are put together.
@@ -52,11 +54,6 @@ class ReuseRates:
     def rate(self, uses_class: int, age_s: float) -> float:
         """Chance a second that a block of this class and age is used."""
         return self._rates[uses_class][min(int(age_s * TICKS_PER_SECOND).bit_length(), AGES - 1)]  # _octave, called most of all
-
-    @staticmethod
-    def watches(key: BlockKey) -> bool:
-        """Whether the block is of the sample; `released` and `used` are for those only."""
-        return key[0] % SAMPLE == 0
 
     def released(self, key: BlockKey, uses_class: int, now: float) -> None:
         """A block that is watched became idle after so many uses."""

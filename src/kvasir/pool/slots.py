@@ -20,6 +20,10 @@ class Taken:
     evicted: tuple[Block, ...]
 
 
+CHUNK = 512
+"""Keys that are looked up at a time: few enough to waste little behind the end of a prefix."""
+
+
 class SlotTable:
     """Slots that are neither free nor published are held by others: reserved, private, loading or spilling: the node's to know.
 
@@ -76,33 +80,47 @@ class SlotTable:
             self._blocks[slot] = Block(key, depth, depth, 1)
             self.pins[slot] = 1
         else:
-            self._pin(first, now)
+            self._pin([first], now)
         return first
 
-    def pin_prefix(self, keys: Iterable[BlockKey], now: float) -> list[int]:
+    def publish_new(self, keys: Sequence[BlockKey], slots: Sequence[int], depth: int) -> bool:
+        """As `publish`, of blocks from `depth` on, if none of the keys is published and none named twice; else nothing."""
+        index, blocks, pins = self.index, self._blocks, self.pins
+        if not index.keys().isdisjoint(keys) or len(set(keys)) < len(keys):
+            return False
+        index.update(zip(keys, slots, strict=True))
+        for key, slot in zip(keys, slots, strict=True):
+            blocks[slot] = Block(key, depth, depth, 1)
+            pins[slot] = 1
+            depth += 1
+        return True
+
+    def pin_prefix(self, keys: Sequence[BlockKey], now: float) -> list[int]:
         """Pin the longest published prefix of `keys`; its slots in order."""
-        slots = []
-        index, pin = self.index, self._pin
-        for key in keys:
-            slot = index.get(key)
-            if slot is None:
+        slots: list[int] = []
+        get = self.index.get
+        for start in range(0, len(keys), CHUNK):
+            found = list(map(get, keys[start : start + CHUNK]))
+            if None in found:
+                slots += found[: found.index(None)]  # type: ignore[arg-type]  # all before the first None
                 break
-            pin(slot, now)
-            slots.append(slot)
+            slots += found  # type: ignore[arg-type]
+        self._pin(slots, now)
         return slots
 
     def unpin(self, slots: Sequence[int], now: float) -> None:
         """Unpin the blocks of one sequence, given in order of depth; the deepest become idle first."""
-        pins, blocks, add = self.pins, self._blocks, self._idle.add
+        pins, table = self.pins, self._blocks
         deepest = len(slots) - 1
-        for slot in reversed(slots):
-            block = blocks[slot]
+        for slot in slots:
+            block = table[slot]
             assert block is not None, "a pinned block is published"
             if block.deepest < deepest:
                 block.deepest = deepest
             pins[slot] -= 1
-            if not pins[slot]:
-                add(slot, block, now)
+        idle = [slot for slot in reversed(slots) if not pins[slot]]
+        if idle:
+            self._idle.add(idle, [table[slot] for slot in idle], now)  # type: ignore[misc]  # as above
 
     def forget(self, keys: Iterable[BlockKey], now: float) -> list[BlockKey]:
         """Free the slots of those of `keys` that are published and not pinned; which they were."""
@@ -111,7 +129,7 @@ class SlotTable:
             slot = self.index.get(key)
             if slot is None or self.pins[slot]:
                 continue
-            self._idle.forget(slot, now)
+            self._idle.forget(slot, self.block(slot), now)
             self.unpublish(slot)
             gone.append(key)
         return gone
@@ -147,21 +165,30 @@ class SlotTable:
         if len(idle) != len(self._idle) or sorted(idle) != sorted(published.keys() - pinned):
             yield f"eviction order holds {sorted(idle)}, published and not pinned are {sorted(published.keys() - pinned)}"
 
-    def _pin(self, slot: int, now: float) -> None:
-        if not self.pins[slot]:
-            self._idle.remove(slot, now)
-        self.pins[slot] += 1
-        self.block(slot).uses += 1
+    def _pin(self, slots: Sequence[int], now: float) -> None:
+        pins, table = self.pins, self._blocks
+        idle: list[int] = []
+        blocks: list[Block] = []
+        for slot in slots:
+            block = table[slot]
+            assert block is not None, "only published blocks are pinned"
+            block.uses += 1
+            if not pins[slot]:
+                idle.append(slot)
+                blocks.append(block)
+            pins[slot] += 1
+        if idle:
+            self._idle.remove(idle, blocks, now)
 
     def _evict(self, count: int, now: float) -> list[Block]:
         evicted: list[Block] = []
         blocks, index, free, writing = self._blocks, self.index, self.free, self.writing
-        while len(free) < count and (slot := self._idle.victim(now)) is not None:
-            block = blocks[slot]
-            assert block is not None, "only published blocks are in the eviction order"
-            del index[block.key]
-            blocks[slot] = None
-            if slot not in writing:
-                free.append(slot)
-            evicted.append(block)
+        while (missing := count - len(free)) > 0 and (victims := self._idle.victims(missing, now)):
+            for slot in victims:
+                block = blocks[slot]
+                assert block is not None, "only published blocks are in the eviction order"
+                del index[block.key]
+                blocks[slot] = None
+                evicted.append(block)
+            free += [slot for slot in victims if slot not in writing] if writing else victims
         return evicted

@@ -78,7 +78,7 @@ class SsdTier:
             if ssd_slot is None:
                 self.waiting[key] = None
             elif not self._pins[ssd_slot]:
-                self._idle.remove(ssd_slot, now)
+                self._idle.remove([ssd_slot], [self._block(ssd_slot)], now)
 
     def evicted(self, blocks: Iterable[Block], now: float) -> None:
         """DRAM let go of these, in this order."""
@@ -92,7 +92,7 @@ class SsdTier:
             ours.uses += block.uses
             ours.deepest = max(ours.deepest, block.deepest)
             if not self._pins[ssd_slot]:
-                self._idle.add(ssd_slot, ours, now)
+                self._idle.add([ssd_slot], [ours], now)
 
     # --- writing -----------------------------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ class SsdTier:
         del self._writing[block.key]
         if not ok:
             if block.key not in self._dram.index:
-                self._idle.forget(ssd_slot, now)
+                self._idle.forget(ssd_slot, block, now)
             self._free(ssd_slot)
             return None
         self.counters.spilled += 1
@@ -143,7 +143,7 @@ class SsdTier:
         for ssd_slot in ssd_slots:
             block = self._block(ssd_slot)
             if not self._pins[ssd_slot] and block.key not in self._dram.index:
-                self._idle.remove(ssd_slot, now)
+                self._idle.remove([ssd_slot], [block], now)
             self._pins[ssd_slot] += 1
             block.uses += 1
 
@@ -161,7 +161,7 @@ class SsdTier:
             if self.index.get(block.key) != ssd_slot:
                 self._free(ssd_slot)
             elif block.key not in self._dram.index:
-                self._idle.add(ssd_slot, block, now)
+                self._idle.add([ssd_slot], [block], now)
         return tuple(key for key in gone if key is not None)
 
     # --- forgetting --------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ class SsdTier:
             if ssd_slot is None or self._pins[ssd_slot]:
                 continue
             if key not in self._dram.index:
-                self._idle.forget(ssd_slot, now)
+                self._idle.forget(ssd_slot, self._block(ssd_slot), now)
             if (write := self.writes.get(ssd_slot)) is not None:
                 write.given_up = True
                 del self._writing[key]
@@ -212,7 +212,7 @@ class SsdTier:
             if found.key in self._dram.index:
                 self.waiting.pop(found.key, None)
             else:
-                self._idle.add(found.ssd_slot, block, now)
+                self._idle.add([found.ssd_slot], [block], now)
         return tuple(block.key for block in blocks)
 
     # --- checking ----------------------------------------------------------------------------------------------
@@ -265,9 +265,10 @@ class SsdTier:
     def _make_room(self, evicted: list[BlockKey], now: float) -> bool:
         """Whether there is a free ssd slot now; appends what could be read and was evicted for it."""
         while not self.free:
-            ssd_slot = self._idle.victim(now)
-            if ssd_slot is None:
+            victims = self._idle.victims(1, now)
+            if not victims:
                 return False
+            ssd_slot = victims[0]
             key = self._block(ssd_slot).key
             if (write := self.writes.get(ssd_slot)) is not None:
                 write.given_up = True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from kvasir.core.commands import (
     Chunk,
@@ -65,23 +66,13 @@ class Batcher:
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Raises InvariantError for an event that no correct body sends."""
+        kind = type(event)
+        handler = _HANDLERS.get(kind)
+        if handler is None:
+            raise InvariantError(f"a Batcher takes no {kind.__name__}")
         commands: list[Command] = []
-        match event:
-            case StepDone():
-                self._step_done(event, commands)
-            case Submitted():
-                self._submitted(event, now)
-            case Extended():
-                self._extended(event)
-            case PagesGranted():
-                self._pages_granted(event)
-            case Cancelled():
-                self._cancelled(event, commands)
-            case Tick():
-                pass
-            case _:
-                raise InvariantError(f"a Batcher takes no {type(event).__name__}")
-        was_refused = self._is_short and isinstance(event, PagesGranted)
+        handler(self, event, commands, now)
+        was_refused = self._is_short and kind is PagesGranted
         self._go_on(commands, now, may_ask=not was_refused)
         return commands
 
@@ -97,13 +88,13 @@ class Batcher:
     def load(self) -> InstanceLoad:
         """The queues as of the last StepDone. `free_kv_tokens` is only the stash; the body adds what the pool has free."""
         queues = self._queues
-        idle = sum(seq.has_begun for seq in queues.idle)
+        idle = sum([seq.has_begun for seq in queues.idle])
+        reading = [*queues.paused, *queues.begun, *queues.idle]
         return InstanceLoad(
             waiting=len(queues.waiting) + len(queues.ready) + len(queues.idle) - idle,
             running=queues.num_running + idle,
-            waiting_tokens=sum(seq.remaining for queue in (queues.begun, queues.waiting, queues.idle) for seq in queue),
-            context_tokens=self._decodes.context_tokens
-            + sum(seq.num_tokens for queue in (queues.paused, queues.begun, queues.idle) for seq in queue if seq.has_begun),
+            waiting_tokens=sum([seq.num_tokens - seq.num_computed for seq in (*queues.begun, *queues.waiting, *queues.idle)]),
+            context_tokens=self._decodes.context_tokens + sum([seq.num_tokens for seq in reading if seq.has_begun]),
             free_kv_tokens=len(self._stash) * self._config.block_tokens,
         )
 
@@ -116,7 +107,7 @@ class Batcher:
 
     # --- events ---
 
-    def _submitted(self, event: Submitted, now: float) -> None:
+    def _submitted(self, event: Submitted, commands: list[Command], now: float) -> None:
         block_tokens = self._config.block_tokens
         if event.request_id in self._queues:
             raise InvariantError(f"{event.request_id} was submitted twice")
@@ -130,7 +121,7 @@ class Batcher:
         self._num_submitted += 1
         self._queues.add(sequence_of(event, rank=rank, block_tokens=block_tokens))
 
-    def _extended(self, event: Extended) -> None:
+    def _extended(self, event: Extended, commands: list[Command], now: float) -> None:
         seq = self._queues.get(event.request_id)
         if seq is None:
             return
@@ -139,7 +130,7 @@ class Batcher:
         seq.available = event.available
         self._queues.place(seq)
 
-    def _step_done(self, event: StepDone, commands: list[Command]) -> None:
+    def _step_done(self, event: StepDone, commands: list[Command], now: float) -> None:
         step = self._step
         if step is None:
             raise InvariantError("StepDone without a step in flight")
@@ -150,10 +141,14 @@ class Batcher:
         touched = self._decodes.advance(event.steps)
         if finished or self._leaving:
             touched = self._with_leavers(touched, finished)
-        touched.sort(key=rank_of)
-        for seq in touched:
-            self._decoded(seq, seq.id in finished, commands)
-        prompts, self._prompts = self._prompts, []
+        if touched:
+            touched.sort(key=rank_of)
+            for seq in touched:
+                self._decoded(seq, seq.id in finished, commands)
+        prompts = self._prompts
+        if not prompts:
+            return
+        self._prompts = []
         for seq in prompts:
             seq.num_computed += seq.in_flight
             seq.in_flight = 0
@@ -217,7 +212,7 @@ class Batcher:
             seq.available, seq.share = None, 1.0
             self._queues.place(seq)
 
-    def _cancelled(self, event: Cancelled, commands: list[Command]) -> None:
+    def _cancelled(self, event: Cancelled, commands: list[Command], now: float) -> None:
         seq = self._queues.get(event.request_id)
         if seq is None:
             return
@@ -228,15 +223,19 @@ class Batcher:
             if seq.ticket:
                 self._leaving.append(seq)
 
-    def _pages_granted(self, event: PagesGranted) -> None:
+    def _pages_granted(self, event: PagesGranted, commands: list[Command], now: float) -> None:
         self._is_short = len(event.pages) < (self._asked or 0)
         self._asked = None
         self._stash.extend(event.pages)
 
+    def _tick(self, event: Tick, commands: list[Command], now: float) -> None:
+        """What follows is all that there is to do."""
+
     # --- what follows ---
 
     def _go_on(self, commands: list[Command], now: float, *, may_ask: bool) -> None:
-        if self._step is None and len(self._queues):
+        is_busy = self._queues.is_busy
+        if is_busy and self._step is None:
             if self._is_short and self._asked is None and self._former.pages_wanted() <= 0:  # who left has left enough
                 self._end_shortage()
             self._form()
@@ -246,23 +245,29 @@ class Batcher:
             if self._step is not None:
                 self._starving = None
                 commands.append(self._step)
-        if self._asked is None and may_ask:
+        if may_ask and self._asked is None:
             self._ask(commands)
+        if not is_busy or not self._queues.is_busy:
+            self._return_excess(commands)
+
+    def _return_excess(self, commands: list[Command]) -> None:
+        """Who has nothing to do keeps no more than a few pages at hand."""
         excess = len(self._stash) - self._config.stash_pages
-        if excess > 0 and not len(self._queues):
+        if excess > 0:
             commands.append(ReturnPages(tuple(self._stash[-excess:])))
             del self._stash[-excess:]
 
     def _form(self) -> None:
         self._prompts = self._former.form(is_short=self._is_short, is_held=self._is_held)
         decodes = self._decodes
+        batch = len(decodes.members)
         if self._prompts:
             chunks = tuple([chunk_of(seq) for seq in self._prompts])
-            self._step = Step(chunks, len(decodes), decodes.context_tokens)
-        elif len(decodes):
+            self._step = Step(chunks, batch, decodes.context_tokens)
+        elif batch:
             most = 1 if self._former.puts_off else self._config.max_repeats
             repeats = min(most, decodes.passes_until_due()) if most > 1 else 1
-            self._step = Step((), len(decodes), decodes.context_tokens, repeats)
+            self._step = Step((), batch, decodes.context_tokens, repeats)
 
     def _ask(self, commands: list[Command]) -> None:
         wanted = self._former.pages_wanted()
@@ -308,3 +313,14 @@ class Batcher:
     def _remove(self, seq: Sequence) -> None:
         self._queues.remove(seq)
         self._is_held = False
+
+
+_HANDLERS: dict[type[Event], Callable[[Batcher, Any, list[Command], float], None]] = {
+    StepDone: Batcher._step_done,
+    Submitted: Batcher._submitted,
+    Extended: Batcher._extended,
+    PagesGranted: Batcher._pages_granted,
+    Cancelled: Batcher._cancelled,
+    Tick: Batcher._tick,
+}
+"""All that a Batcher is told."""

@@ -53,18 +53,24 @@ class PrefillBook:
         return request_id in self._by_id
 
     @property
+    def pace(self) -> float:
+        return self._pace
+
+    @property
     def columns(self) -> tuple[float, float, float, float, float]:
         """pending, done as of, as of, the most that can be done by now, pace: see `wait_s`, which computes with them."""
         return self.pending_s, self._done_s, self._as_of_s, self._most_s, self._pace
 
     def wait_s(self, now: float, rank: float = math.inf) -> float:
         """Seconds until all that goes before `rank` will be done; by default, all that was sent."""
-        if not self._order:
+        order = self._order
+        if not order:
             return 0.0
         before_s = self.pending_s
-        if rank < self._order[-1].rank:
-            before_s = sum(entry.seconds for entry in self._order[: bisect_right(self._order, rank, key=_rank)])
-        return max(0.0, before_s - self._worked_s(now)) / self._pace
+        if rank < order[-1].rank:
+            before_s = sum(entry.seconds for entry in order[: bisect_right(order, rank, key=_rank)])
+        left_s = before_s - self._worked_s(now)
+        return left_s / self._pace if left_s > 0.0 else 0.0
 
     def spare_s(self, now: float, rank: float) -> float:
         """By how many seconds of work all that comes after `rank` can be put off and still be done when due.
@@ -146,4 +152,11 @@ class PrefillBook:
         return min(self.pending_s, max(self._order[0].seconds, self._done_s)) if self._order else 0.0
 
     def _worked_s(self, now: float) -> float:
-        return min(self._done_s + max(0.0, now - self._as_of_s) * self._pace, self._most_s)
+        order = self._order
+        if not order:
+            return 0.0
+        done_s = self._done_s
+        most_s = min(self.pending_s, max(order[0].seconds, done_s))
+        if now > self._as_of_s:
+            done_s += (now - self._as_of_s) * self._pace
+        return min(done_s, most_s)

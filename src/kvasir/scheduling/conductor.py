@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Set
 from random import Random
+from typing import Any
 
 from msgspec import structs
 
@@ -59,36 +60,13 @@ class Conductor:
 
     def handle(self, event: ev.Event, now: float) -> list[Command]:
         """Raises InvariantError for an event that no correct body sends."""
-        commands = self._handle(event, now)
+        handler = _HANDLERS.get(type(event))
+        if handler is None:
+            raise InvariantError(f"a Conductor takes no {type(event).__name__}")
+        commands = handler(self, event, now)
         if self._cores is not None:
             commands += self._cores.commands(self._fleet.instances)
         return commands
-
-    def _handle(self, event: ev.Event, now: float) -> list[Command]:
-        match event:
-            case ev.Heartbeat():  # the most frequent first
-                self._heartbeat(event, now)
-            case ev.BlocksStored():
-                return self._synced(event.node, self._directory.stored(event.node, event.seq, event.keys, event.tier))
-            case ev.BlocksRemoved():
-                return self._synced(event.node, self._directory.removed(event.node, event.seq, event.keys, event.tier))
-            case ev.Arrived():
-                return self._arrived(event.request, now)
-            case ev.PrefillDone() | ev.Finished() | ev.Aborted() | ev.Failed():
-                return self._request_event(event, now)
-            case ev.Inventory():
-                self._directory.inventory(event.node, event.seq, event.keys, event.ssd_keys)
-            case ev.NodeLost():
-                self._directory.drop(event.node)
-            case ev.InstanceJoined():
-                return self._instance_joined(event, now)
-            case ev.InstanceLost():
-                return self._instance_lost(event, now)
-            case ev.Tick():
-                return self._tick(now)
-            case _:
-                raise InvariantError(f"a Conductor takes no {type(event).__name__}")
-        return []
 
     @property
     def ready(self) -> bool:
@@ -113,6 +91,11 @@ class Conductor:
     def directory(self) -> BlockDirectory:
         """To be read only."""
         return self._directory
+
+    def wants_report(self, instance: str, epoch: int) -> bool:
+        """Whether a heartbeat of this incarnation would change anything: it has prefills to account for, or is not known."""
+        known = self._fleet.get(instance)
+        return known is None or known.info.epoch != epoch or len(known.book) > 0
 
     def placed(self, request_id: str) -> Placed | None:
         """Where a request is, to be read only; None before its arrival and after its outcome."""
@@ -143,7 +126,8 @@ class Conductor:
 
     # --- requests ---
 
-    def _arrived(self, request: Request, now: float) -> list[Command]:
+    def _arrived(self, event: ev.Arrived, now: float) -> list[Command]:
+        request = event.request
         if request.id in self._requests or request.id in self._homeless:
             raise InvariantError(f"{request.id} arrived twice")
         self.counters["arrived"] += 1
@@ -348,17 +332,31 @@ class Conductor:
         again = [command for placed in held for command in self._place_again(placed, why, now)]
         return [*stops, *again, *self._house(now), *self._review(now)]
 
-    def _heartbeat(self, event: ev.Heartbeat, now: float) -> None:
+    def _heartbeat(self, event: ev.Heartbeat, now: float) -> list[Command]:
         known = self._fleet.get(event.instance)
         if known is None or known.info.epoch != event.epoch:
             self.counters["stale_events"] += 1
-            return
-        self._fleet.reported(event.instance, event.load, settle_s=self._config.settle_s, now=now)
+        else:
+            self._fleet.reported(event.instance, event.load, settle_s=self._config.settle_s, now=now)
+        return []
 
-    def _synced(self, node: str, is_new_gap: bool) -> list[Command]:
-        return [Resync(node)] if is_new_gap else []
+    def _blocks_stored(self, event: ev.BlocksStored, now: float) -> list[Command]:
+        has_gap = self._directory.stored(event.node, event.seq, event.keys, event.tier)
+        return [Resync(event.node)] if has_gap else []
 
-    def _tick(self, now: float) -> list[Command]:
+    def _blocks_removed(self, event: ev.BlocksRemoved, now: float) -> list[Command]:
+        has_gap = self._directory.removed(event.node, event.seq, event.keys, event.tier)
+        return [Resync(event.node)] if has_gap else []
+
+    def _inventory(self, event: ev.Inventory, now: float) -> list[Command]:
+        self._directory.inventory(event.node, event.seq, event.keys, event.ssd_keys)
+        return []
+
+    def _node_lost(self, event: ev.NodeLost, now: float) -> list[Command]:
+        self._directory.drop(event.node)
+        return []
+
+    def _tick(self, event: ev.Tick, now: float) -> list[Command]:
         expired = self._fleet.expire(sent_before_s=now - self._config.prediction_ttl_s, now=now)
         self.counters["expired_predictions"] += expired
         return [*self._give_up(now), *(Resync(node) for node in self._directory.stale_nodes), *self._review(now)]
@@ -389,3 +387,20 @@ _TABLE: dict[tuple[State, type[RequestEvent]], _Handler | None] = {
     (State.DECODING, ev.Failed): Conductor._failed,
 }
 """What happens to a request, by where it is. None: can arise by a race, is counted and ignored."""
+
+_HANDLERS: dict[type[ev.Event], Callable[[Conductor, Any, float], list[Command]]] = {
+    ev.Heartbeat: Conductor._heartbeat,
+    ev.BlocksStored: Conductor._blocks_stored,
+    ev.BlocksRemoved: Conductor._blocks_removed,
+    ev.Arrived: Conductor._arrived,
+    ev.PrefillDone: Conductor._request_event,
+    ev.Finished: Conductor._request_event,
+    ev.Aborted: Conductor._request_event,
+    ev.Failed: Conductor._request_event,
+    ev.Inventory: Conductor._inventory,
+    ev.NodeLost: Conductor._node_lost,
+    ev.InstanceJoined: Conductor._instance_joined,
+    ev.InstanceLost: Conductor._instance_lost,
+    ev.Tick: Conductor._tick,
+}
+"""All that a Conductor is told."""

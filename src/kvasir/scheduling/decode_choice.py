@@ -11,6 +11,9 @@ from msgspec.structs import replace
 from kvasir.core.commands import Candidate
 from kvasir.scheduling.view import ClusterView, DecodeColumns, Floats
 
+FULL = 0.85
+"""Instances that only decode are filled up to this as long as others can take the rest: what is left takes a burst."""
+
 
 class DecodeChoice(Struct, frozen=True):
     """`tbt_s` is the predicted step time of the batch with the request in it.
@@ -42,10 +45,27 @@ def least_tbt(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> D
 
 
 def least_expected_tbt(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
-    """Ours: as `least-tbt`, on the batches expected when the prefill will be done."""
+    """Ours: as `least-tbt`, on the batches expected when the prefill will be done.
+
+    Instances that only decode are filled first, up to FULL: on one that also prefills, each answer takes time from that. What
+    is prefilled there moves away, too, if the prefill hides the hand-off.
+    """
     if prefill is not None:
         view = replace(view, decodes=view.decodes.expected(prefill.ttft_s))
-    return least_tbt(view, prefill, kv_tokens)
+    decodes = view.decodes
+    if decodes.can_prefill.all() or not decodes.can_prefill.any():
+        return least_tbt(view, prefill, kv_tokens)
+    if prefill is not None and prefill.instance in decodes.ids and view.transfer_s(view.num_prompt_tokens) > prefill.prefill_s:
+        return least_tbt(view, prefill, kv_tokens)
+    tbt_s = view.costs.decode_steps_s(decodes.batch + 1, decodes.context_tokens + view.num_prompt_tokens)
+    held = decodes.kv_tokens - decodes.free_kv_tokens + kv_tokens
+    has_room = (
+        (decodes.batch + 1 <= FULL * decodes.max_batch) & (held <= FULL * decodes.kv_tokens) & (tbt_s <= FULL * view.tbt_s)
+    )
+    has_room &= ~decodes.can_prefill
+    if not has_room.any():
+        return least_tbt(view, prefill, kv_tokens)
+    return _choice(view, int(np.where(has_room, tbt_s, np.inf).argmin()), kv_tokens)
 
 
 def fewest_requests(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:

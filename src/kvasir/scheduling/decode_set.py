@@ -65,8 +65,8 @@ class DecodeSet:
         self._passes += passes
         self.context_tokens += passes * len(self.members)
         due: list[Sequence] = []
-        schedule = self._schedule
-        while schedule and schedule[0][0] <= self._passes:
+        schedule, made = self._schedule, self._passes
+        while schedule and schedule[0][0] <= made:
             _, ticket, seq = heappop(schedule)
             if seq.ticket == ticket:
                 self.settle(seq)

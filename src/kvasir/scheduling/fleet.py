@@ -34,6 +34,13 @@ class Seat:
     joins_s: float
     stays_s: float
     is_taken: bool = False
+    leaves_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.leaves_s = self.joins_s + self.stays_s
+
+    def join(self, now: float) -> None:
+        self.joins_s, self.leaves_s, self.is_taken = now, now + self.stays_s, True
 
 
 @dataclass(slots=True)
@@ -81,10 +88,15 @@ class Fleet:
         self._rows: list[Instance] = []
         self._reserved: dict[str, int] = {}
         self._latest_rank = -math.inf
+        self._masks_nodes: tuple[str | None, ...] | None = None  # for which `_masks` are: those of the prefillers' nodes
+        self._masks: list[int] = []
         self.decode_share = 1.0
         """Of the time between arrival and end, the share that an answer takes; the Placer learns it, and how long that is."""
         self.stays_s = math.inf
         self._index()
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def __contains__(self, instance: str) -> bool:
         return instance in self._by_id
@@ -101,23 +113,24 @@ class Fleet:
 
     @property
     def prefillers(self) -> list[Instance]:
-        return [self._rows[row] for row in self._prefill_rows.tolist()]
+        """In order of their ids; to be read only."""
+        return self._prefillers
 
     @property
     def decoders(self) -> list[Instance]:
-        return [self._rows[row] for row in self._decode_rows.tolist()]
+        return self._decoders
 
     @property
     def missing_role(self) -> str | None:
         """`prefill` or `decode` when no instance can do that, None when requests can be served."""
-        if not len(self._prefill_rows):
+        if not self._prefillers:
             return "prefill"
-        return None if len(self._decode_rows) else "decode"
+        return None if self._decoders else "decode"
 
     @property
     def max_kv_tokens(self) -> int:
         """The longest sequence that any decoding instance can hold."""
-        return max((d.info.kv_tokens for d in self.decoders), default=0)
+        return self._max_kv_tokens
 
     def join(self, info: InstanceInfo) -> None:
         self._by_id[info.id] = Instance(info)
@@ -153,6 +166,7 @@ class Fleet:
 
         Those to `avoid` are left out unless nobody else can do their work.
         """
+        self._refresh()
         rows = self._without(self._prefill_rows, avoid)
         prefix_tokens = deep_tokens = self._on_nodes(match, match.runs, block_tokens)[rows]
         if match.runs_any != match.runs:
@@ -173,6 +187,7 @@ class Fleet:
 
     def decode_columns(self, avoid: frozenset[str], *, stays_s: float) -> DecodeColumns:
         """Instances that can decode, as above."""
+        self._refresh()
         rows = self._without(self._decode_rows, avoid)
         ids = self._decode_ids if rows is self._decode_rows else self._ids_of(rows)
         return DecodeColumns(
@@ -185,8 +200,30 @@ class Fleet:
             taken_context=self._taken[1, rows],
             kv_tokens=self._kv_tokens[rows],
             taken_kv=self._taken[2, rows],
+            can_prefill=self._can_prefill[rows],
             stays_s=stays_s,
         )
+
+    def free_kv_tokens(self, instance: Instance) -> int:
+        """KV of its node that is not spoken for."""
+        return instance.info.kv_tokens - self._reserved.get(instance.info.node, 0)
+
+    def reserved_kv_tokens(self, instance: Instance) -> int:
+        """KV of its node that is spoken for."""
+        return self._reserved.get(instance.info.node, 0)
+
+    def blocks_at_prefillers(self, match: PrefixMatch) -> list[int]:
+        """For each of `prefillers`, the length of its node's run in blocks."""
+        if match.nodes is not self._masks_nodes:
+            self._masks_nodes = match.nodes
+            bits = {node: bit for bit, node in enumerate(match.nodes)}
+            self._masks = [1 << bits[i.info.node] if i.info.node in bits else 0 for i in self._prefillers]
+        blocks = [0] * len(self._masks)
+        for nodes, count in match.runs:
+            for row, mask in enumerate(self._masks):
+                if nodes & mask:
+                    blocks[row] = count
+        return blocks
 
     def least_wait_s(self, now: float) -> float:
         """When the first prefill instance will have drained."""
@@ -201,7 +238,7 @@ class Fleet:
     def outlook(self, instance: str, at_s: float) -> Outlook:
         """Who decodes on `instance` now, and who is expected to at `at_s`: some will have left, others joined."""
         known = self._by_id[instance]
-        then = [seat.context_tokens for seat in known.seats.values() if seat.joins_s <= at_s < seat.joins_s + seat.stays_s]
+        then = [seat.context_tokens for seat in known.seats.values() if seat.joins_s <= at_s < seat.leaves_s]
         return Outlook(known.taken.batch, known.taken.context_tokens, len(then), sum(then))
 
     def expected(self, instance: Instance) -> Taken:
@@ -247,7 +284,7 @@ class Fleet:
         """Drop predictions that are long overdue; how many there were."""
         num_expired = 0
         for known in self._rows:
-            if expired := known.book.expire(sent_before_s=sent_before_s, now=now):
+            if len(known.book) and (expired := known.book.expire(sent_before_s=sent_before_s, now=now)):
                 num_expired += len(expired)
                 self._booked(known)
         return num_expired
@@ -265,7 +302,7 @@ class Fleet:
         """The request's prefill is done: it decodes."""
         known = self._by_id[instance]
         seat = known.seats[request_id]
-        seat.joins_s, seat.is_taken = now, True
+        seat.join(now)
         known.taken.add(seat)
         self._seated(known, now)
 
@@ -289,6 +326,7 @@ class Fleet:
 
     def check(self) -> None:
         """Raises InvariantError unless sums, columns and indexes agree with the instances."""
+        self._refresh()
         reserved: dict[str, int] = {}
         for row, known in enumerate(self._rows):
             known.book.check()
@@ -334,13 +372,17 @@ class Fleet:
         for row, known in enumerate(self._rows):
             known.row = row
             self._rows_of.setdefault(known.info.node, []).append(row)
-        for known in self._rows:
-            self._booked(known)
-            self._write_seats(known)
+        self._stale_books = set(range(count))
+        self._stale_seats = set(range(count))
 
     def _index_roles(self) -> None:
         self._prefill_rows = _rows_where(i.info.role.can_prefill for i in self._rows)
         self._decode_rows = _rows_where(i.info.role.can_decode for i in self._rows)
+        self._prefillers = [self._rows[row] for row in self._prefill_rows.tolist()]
+        self._decoders = [self._rows[row] for row in self._decode_rows.tolist()]
+        self._masks_nodes = None
+        self._max_kv_tokens = max((i.info.kv_tokens for i in self._decoders), default=0)
+        self._can_prefill: Bools = np.array([i.info.role.can_prefill for i in self._rows], dtype=np.bool_)
         self._can_decode: Bools = np.array([i.info.role.can_decode for i in self._rows], dtype=np.bool_)
         self._prefill_ids = self._ids_of(self._prefill_rows)
         self._decode_ids = self._ids_of(self._decode_rows)
@@ -348,35 +390,44 @@ class Fleet:
     def _ids_of(self, rows: Ints) -> tuple[str, ...]:
         return tuple(self._ids[row] for row in rows.tolist())
 
+    def _refresh(self) -> None:
+        """Write the rows of what has changed since columns were last wanted: among a few instances that is seldom."""
+        for row in self._stale_books:
+            book = self._rows[row].book
+            self._book[:, row] = book.columns
+            self._queued[row] = len(book)
+            self._queued_tokens[row] = book.tokens
+        self._stale_books.clear()
+        for row in self._stale_seats:
+            known = self._rows[row]
+            taken, kv_tokens, free = known.taken, known.info.kv_tokens, self.free_kv_tokens(known)
+            self._batch[row] = len(known.seats)
+            self._context[row] = known.context_tokens
+            self._taken[:, row] = taken.batch, taken.context_tokens, taken.kv_tokens
+            self._free_kv[row] = free
+            self._kv_used[row] = 1.0 - free / max(1, kv_tokens)
+        self._stale_seats.clear()
+
     def _booked(self, known: Instance) -> None:
-        row, book = known.row, known.book
-        self._book[:, row] = book.columns
-        self._queued[row] = len(book)
-        self._queued_tokens[row] = book.tokens
+        self._stale_books.add(known.row)
 
     def _seated(self, known: Instance, now: float) -> None:
-        self._write_seats(known)
+        self._stale_seats.update(self._rows_of[known.info.node])
         if self._mixed_step_s is not None and known.info.role is not Role.DECODE:
             known.book.at_pace(self._pace(known, self._mixed_step_s), now)
-            self._booked(known)
-
-    def _write_seats(self, known: Instance) -> None:
-        row = known.row
-        self._batch[row] = len(known.seats)
-        self._context[row] = known.context_tokens
-        taken = known.taken
-        self._taken[:, row] = taken.batch, taken.context_tokens, taken.kv_tokens
-        reserved = self._reserved.get(known.info.node, 0)
-        for other in self._rows_of[known.info.node]:
-            kv_tokens = self._rows[other].info.kv_tokens
-            self._free_kv[other] = kv_tokens - reserved
-            self._kv_used[other] = 1.0 - (kv_tokens - reserved) / max(1, kv_tokens)
+            self._stale_books.add(known.row)
 
     def _pace(self, known: Instance, step_s: float) -> float:
-        expected = self.expected(known)
-        if not expected.batch:
+        """As `expected` has its batch."""
+        taken, share = known.taken, self.decode_share
+        batch, context_tokens = round(share * len(known.seats)), round(share * known.context_tokens)
+        if batch < taken.batch:
+            batch = taken.batch
+        if not batch:
             return 1.0
-        decode_s = self._costs.decode_step_s(expected.batch, expected.context_tokens)
+        if context_tokens < taken.context_tokens:
+            context_tokens = taken.context_tokens
+        decode_s = self._costs.decode_step_s(batch, context_tokens)
         return max(LEAST_PACE, 1.0 - (decode_s + self._token_s) / step_s)
 
     def _wait_s(self, rows: Ints, now: float, rank: float) -> Floats:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+from typing import TypeVar
 
 from msgspec import Struct, structs
 
-from kvasir.core.commands import Decision
+from kvasir.core.commands import Candidate, Decision
 from kvasir.core.errors import ConfigError
 from kvasir.core.request import Request, Slo
 from kvasir.costs.model import CostModel
 from kvasir.pool.directory import BlockDirectory
+from kvasir.pool.match import PrefixMatch
 from kvasir.report.slo import ScaledSlo
 from kvasir.scheduling.admission import MIN_RETRY_S, Admission, Plan, Refusal, ttft_limit_s
 from kvasir.scheduling.decode_choice import DecodeChoice, DecodeRule, least_tbt
+from kvasir.scheduling.few import FEW, RULES_OF_FEW, FewView, PlacementOfFew, least_tbt_of_few
 from kvasir.scheduling.fleet import Fleet
 from kvasir.scheduling.policies.interface import Choice, Placement
 from kvasir.scheduling.ranks import Rank, first_come
 from kvasir.scheduling.view import ClusterView
+
+View = TypeVar("View", ClusterView, FewView)
 
 PRIOR_WEIGHT = 32
 """The configured expectation of output lengths counts as so many answers seen."""
@@ -106,8 +112,10 @@ class Placer:
         "_directory",
         "_fleet",
         "_num_outputs",
+        "_of_few",
         "_output_tokens",
         "_rng",
+        "_rule_of_few",
         "_rules",
         "_slo",
         "_stays_s",
@@ -129,6 +137,9 @@ class Placer:
         self._costs = costs
         self._rules = rules
         self._slo = slo
+        rule_of_few = RULES_OF_FEW.get(rules.decode)
+        self._of_few = rules.policy if rule_of_few is not None and isinstance(rules.policy, PlacementOfFew) else None
+        self._rule_of_few = rule_of_few if rule_of_few is not None else least_tbt_of_few
         self._rng = rng
         self._fleet = fleet
         self._directory = directory
@@ -160,17 +171,36 @@ class Placer:
         """For a request that was admitted before; `avoid` instances are used only if there are no others."""
         due_s = request.arrival_s + ttft_limit_s(self._slo, request.num_prompt_tokens, self._costs)
         rank = self._rank(request, due_s, now)
-        view = self._view(request, now, avoid, rank, due_s)
+        match = self._match(request)
+        if self._of_few is not None and not avoid and len(self._fleet) <= FEW and self._is_plain(match):
+            few = self._few(request, match, now, rank, due_s)
+            choice = self._of_few.place_few(few)
+            if choice is not None:
+                return self._proposal(request, few, self._rule_of_few, choice, now, rank=rank, due_s=due_s)
+        view = self._view(request, match, now, avoid, rank, due_s)
         choice = self._rules.policy.place(view, self._rng)
-        self._foresee(choice.chosen.ttft_s)
-        decode = self._rules.decode(view, choice.chosen, self.kv_tokens(request))
+        return self._proposal(request, view, self._rules.decode, choice, now, rank=rank, due_s=due_s)
+
+    def _proposal(
+        self,
+        request: Request,
+        view: View,
+        rule: Callable[[View, Candidate | None, int], DecodeChoice],
+        choice: Choice,
+        now: float,
+        *,
+        rank: float,
+        due_s: float,
+    ) -> Proposal:
         chosen = choice.chosen
+        self._foresee(chosen.ttft_s)
+        decode = rule(view, chosen, self.kv_tokens(request))
         work_s = view.prefill_s(chosen.prefix_tokens) / len(chosen.members)
         return Proposal(choice, decode, self._decision(request, choice, decode, now), rank, due_s, work_s)
 
     def decode_only(self, request: Request, now: float, avoid: frozenset[str]) -> DecodeChoice:
         """A decode instance for a request whose KV is complete."""
-        view = self._view(request, now, avoid, now, now)
+        view = self._view(request, self._match(request), now, avoid, now, now)
         return self._rules.decode(view, None, self.kv_tokens(request))
 
     def refuse_hand_off(self, request: Request, choice: DecodeChoice | None, instance: str) -> Refusal | None:
@@ -235,12 +265,39 @@ class Placer:
             outlook=self._fleet.outlook(decode.instance, now + candidate.ttft_s),
         )
 
-    def _view(self, request: Request, now: float, avoid: frozenset[str], rank: float, due_s: float) -> ClusterView:
+    def _match(self, request: Request) -> PrefixMatch:
         """At least one prompt token is always computed, so only whole blocks before it count as a prefix."""
+        usable = max(0, request.num_prompt_tokens - 1) // self._config.block_tokens
+        return self._directory.match(request.keys[:usable])
+
+    def _is_plain(self, match: PrefixMatch) -> bool:
+        """Whether there is nothing to load from an SSD."""
+        return not self._config.load_bandwidth or match.runs_any == match.runs
+
+    def _few(self, request: Request, match: PrefixMatch, now: float, rank: float, due_s: float) -> FewView:
+        config = self._config
+        return FewView(
+            self._fleet,
+            match,
+            num_prompt_tokens=request.num_prompt_tokens,
+            now=now,
+            rank=rank,
+            due_s=due_s,
+            tbt_s=self._slo.tbt_s,
+            stays_s=self._stays_s,
+            costs=self._costs,
+            kv_bytes_per_token=config.kv_bytes_per_token,
+            block_tokens=config.block_tokens,
+            chunk_tokens=config.chunk_tokens,
+            layerwise=config.layerwise,
+            max_stages=config.max_stages,
+        )
+
+    def _view(
+        self, request: Request, match: PrefixMatch, now: float, avoid: frozenset[str], rank: float, due_s: float
+    ) -> ClusterView:
         config = self._config
         block_tokens = config.block_tokens
-        usable = max(0, request.num_prompt_tokens - 1) // block_tokens
-        match = self._directory.match(request.keys[:usable])
         return ClusterView(
             prefills=self._fleet.prefill_columns(match, block_tokens=block_tokens, now=now, rank=rank, avoid=avoid),
             decodes=self._fleet.decode_columns(avoid, stays_s=self._stays_s),

@@ -48,6 +48,15 @@ class Queues:
         return (self.paused, self.begun, self.ready, self.waiting, self.idle)
 
     @property
+    def is_busy(self) -> bool:
+        return bool(self._by_id)
+
+    @property
+    def has_only_decodes(self) -> bool:
+        """Whether nobody could join a step but those who decode already."""
+        return not (self.paused or self.begun or self.ready or self.waiting)
+
+    @property
     def num_running(self) -> int:
         """Who takes a seat of the batch: begun, and not idle."""
         return len(self.decodes.members) + len(self.paused) + len(self.begun)

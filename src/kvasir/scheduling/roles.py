@@ -1,89 +1,152 @@
-"""Roles that follow the load: how many instances decode is what the decoding needs, the others prefill."""
+"""Roles that follow the load: what the decoding needs decodes, in the way that leaves most for prefill."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from kvasir.core.commands import SetRole
 from kvasir.core.request import Role
 from kvasir.costs.model import CostModel
+from kvasir.scheduling.decode_choice import FULL
 from kvasir.scheduling.fleet import Fleet, Instance
 
-FULL = 0.85
-"""More instances decode when those that do would be used by more than this: what is not used up takes a burst."""
-
-CALM = 0.35
-"""Share of its network that an instance's incoming KV may use on average. Hand-offs come in bursts and share what there is;
-beyond a third, a burst shows in the gap between the first token and the second."""
+CALM = 0.85
+"""Share of its network that an instance's incoming KV may use on average. Most hand-offs are hidden by a prefill that takes ten
+times as long."""
 
 HOLD_S = 10.0
-"""For so long fewer decode instances must be enough before half of those too many go back: about half of an answer."""
+"""For so long other roles must be better before they are taken, unless too few decode: about half of an answer."""
+
+NOTHING = 1e-9
+"""Demand is never nothing, so that it divides."""
 
 
 class Roles(Protocol):
-    """Looks at the fleet and says who should change; it is asked at every tick and after each placement."""
+    """Looks at the fleet and says who should change; it is asked at every tick and after each placement without room."""
 
     def review(self, fleet: Fleet, now: float) -> list[SetRole]: ...
 
 
-class Elastic:
-    """Keeps as many instances decoding as the requests given to them need, and no more.
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What decoding would take of one instance, if that did it all, in shares of what it has.
 
-    An instance that decodes is `mixed`: it also takes prefill in the slack that its steps leave within `step_s`. What it
-    is used by is the largest share of three limits: KV memory, step time beyond a step's fixed part, and network for the KV
-    that comes in. Shares add up over instances, because requests can be spread at will; so the number needed is their sum
-    over FULL, rounded up.
+    `held`: of its KV memory or seats, whichever is scarcer, for each second that a step takes, since who decodes more slowly
+    stays longer. `steps`: of its time, beyond the fixed part of each step. `network`: of what incoming KV may use.
     """
 
-    def __init__(self, costs: CostModel, step_s: float, transfer_s: Callable[[int], float]):
+    held: float = NOTHING
+    steps: float = NOTHING
+    network: float = NOTHING
+
+
+class Elastic:
+    """Lets as many instances decode as the requests given to them need, in the way that leaves most for prefill.
+
+    An instance with the role `decode` does nothing else. Its steps are as short as its batch allows, so that fewer answers are
+    under way at a time and it meets more of the demand. A `mixed` one takes prefill in the slack of steps of `step_s`. While
+    some instances have nothing to prefill, half of these are `mixed`, too: KV then comes in by more networks, and a burst of
+    hand-offs shows less.
+    """
+
+    def __init__(self, costs: CostModel, tbt_s: float, step_s: float, transfer_s: Callable[[int], float]):
         """`transfer_s` predicts the seconds that the KV of so many tokens takes from node to node."""
         self._costs = costs
         self._fixed_s = costs.decode_step_s(1, 0)
-        self._slack_s = max(1e-9, step_s - self._fixed_s)
+        self._chunk_s = costs.prefill_s(1, 0)
+        self._step_s = step_s
+        self._longest_s = max(step_s, FULL * tbt_s)
         self._transfer_s = transfer_s
-        self._enough_since_s = -math.inf  # whatever roles a cluster starts with may be wrong at once
+        self._since_s = math.inf
+        self._idle = 0.0
+        self._seen_s = math.inf
 
     def review(self, fleet: Fleet, now: float) -> list[SetRole]:
-        decoders = fleet.decoders
-        load = sum(self._load(fleet, instance) for instance in fleet.instances if instance.seats)
-        needed = max(1, math.ceil(load / FULL))
-        if needed > len(decoders):
-            self._enough_since_s = math.inf
-            return self._open(fleet, needed - len(decoders))
-        if needed == len(decoders):
-            self._enough_since_s = math.inf
-            return self._refine(decoders)
-        self._enough_since_s = min(self._enough_since_s, now)
-        if now - self._enough_since_s < HOLD_S:
-            return self._refine(decoders)
-        self._enough_since_s = now
-        idle_first = sorted(decoders, key=lambda i: (self._load(fleet, i), i.info.id))
-        surplus = len(decoders) - needed
-        return [SetRole(i.info.id, Role.PREFILL) for i in idle_first[: -(-surplus // 2)]]
+        """At once if those that decode are too few, or nobody decodes; else what was better for HOLD_S."""
+        demand, decoders = self._demand(fleet), fleet.decoders
+        only = sum(instance.info.role is Role.DECODE for instance in decoders)
+        mixed = len(decoders) - only
+        wanted = self._wanted(fleet, demand, now)
+        if wanted == (only, mixed):
+            self._since_s = math.inf
+            return []
+        self._since_s = min(self._since_s, now)
+        is_urgent = only * self._alone(demand) + mixed * self._beside(demand) < 1.0
+        if not is_urgent and now - self._since_s < HOLD_S and any(instance.seats for instance in fleet.instances):
+            return []
+        self._since_s = math.inf
+        return self._change(fleet, *wanted)
 
-    def _open(self, fleet: Fleet, count: int) -> list[SetRole]:
-        """Those that still decode from earlier first, then those with the least to prefill."""
-        idle = [i for i in fleet.instances if i.info.role is Role.PREFILL]
-        idle.sort(key=lambda i: (-len(i.seats), i.book.pending_s, i.info.id))
-        return [SetRole(i.info.id, Role.MIXED) for i in idle[:count]]
+    def _wanted(self, fleet: Fleet, demand: Demand, now: float) -> tuple[int, int]:
+        """How many should only decode, and how many be mixed."""
+        enough = math.ceil(1.0 / self._beside(demand))
+        spare = self._spare(fleet, enough, now)
+        return (0, enough + spare) if spare else self._cheapest(demand, len(fleet.instances))
 
-    def _refine(self, decoders: list[Instance]) -> list[SetRole]:
-        """Instances that were started to decode only may take prefill as well."""
-        return [SetRole(i.info.id, Role.MIXED) for i in decoders if i.info.role is Role.DECODE]
+    def _spare(self, fleet: Fleet, needed: int, now: float) -> int:
+        """Half of those that have nothing to prefill, on average over HOLD_S, beyond the `needed`; the others take bursts."""
+        idle = sum(not len(instance.book) for instance in fleet.instances)
+        self._idle += (idle - self._idle) * -math.expm1(min(0.0, self._seen_s - now) / HOLD_S)
+        self._seen_s = now
+        return max(0, int((self._idle - needed) / 2))
 
-    def _load(self, fleet: Fleet, instance: Instance) -> float:
-        info, expected = instance.info, fleet.expected(instance)
-        step_s = self._costs.decode_step_s(max(1, expected.batch), expected.context_tokens)
-        steps = (step_s - self._fixed_s) / self._slack_s
-        arriving = self._transfer_s(expected.context_tokens) / fleet.stays_s  # all contexts came within an answer's stay
-        memory = expected.kv_tokens / max(1, info.kv_tokens)
-        return max(memory, steps, expected.batch / info.max_batch, arriving / CALM)
+    def _change(self, fleet: Fleet, only: int, mixed: int) -> list[SetRole]:
+        """Who decodes goes on with it, those with most to decode with nothing else; then come those with least to prefill."""
+
+        def place(instance: Instance) -> tuple[bool, int, float, str]:
+            info = instance.info
+            return not info.role.can_decode, -instance.kv_tokens, instance.book.pending_s, info.id
+
+        in_order = sorted(fleet.instances, key=place)
+        roles = [Role.DECODE] * only + [Role.MIXED] * mixed + [Role.PREFILL] * (len(in_order) - only - mixed)
+        return [SetRole(i.info.id, role) for i, role in zip(in_order, roles, strict=True) if i.info.role is not role]
+
+    def _cheapest(self, demand: Demand, count: int) -> tuple[int, int]:
+        """Of all that meet the demand with `count` instances, what costs least prefill; where nothing does, all are mixed."""
+        alone, beside = self._alone(demand), self._beside(demand)
+        best, least = (0, count), math.inf
+        for only in range(min(count, math.ceil(1.0 / alone) + 1)):
+            left = max(0.0, 1.0 - only * alone)
+            mixed = max(0 if only else 1, math.ceil(left / beside))
+            cost = only + mixed * (1.0 - self._pace(demand, left / max(1, mixed)))
+            if only + mixed <= count and cost <= least:
+                best, least = (only, mixed), cost
+        return best
+
+    def _alone(self, demand: Demand) -> float:
+        """The share of the demand that one meets which does nothing else: its steps take fixed / (1 - share * steps)."""
+        in_memory = FULL / (self._fixed_s * demand.held + FULL * demand.steps)
+        in_time = max(NOTHING, 1.0 - self._fixed_s / self._longest_s) / demand.steps
+        return min(in_memory, in_time, 1.0 / demand.network)
+
+    def _beside(self, demand: Demand) -> float:
+        """The share that one meets whose steps are filled up with prefill."""
+        in_time = max(NOTHING, 1.0 - self._fixed_s / self._step_s) / demand.steps
+        return min(FULL / (self._step_s * demand.held), in_time, 1.0 / demand.network)
+
+    def _pace(self, demand: Demand, share: float) -> float:
+        """Seconds of prefill in a second of one that meets so much of the demand beside."""
+        return max(0.0, 1.0 - (self._fixed_s + self._chunk_s) / self._step_s - share * demand.steps)
+
+    def _demand(self, fleet: Fleet) -> Demand:
+        held = steps = network = NOTHING
+        for instance in fleet.instances:
+            if not instance.seats:
+                continue
+            info, expected = instance.info, fleet.expected(instance)
+            decode_s = self._costs.decode_step_s(max(1, expected.batch), expected.context_tokens)
+            step_s = max(decode_s, self._step_s) if len(instance.book) else decode_s
+            held += max(expected.kv_tokens / max(1, info.kv_tokens), expected.batch / info.max_batch) / step_s
+            steps += (decode_s - self._fixed_s) / step_s
+            network += self._transfer_s(expected.context_tokens) / fleet.stays_s / CALM  # all came within an answer's stay
+        return Demand(held, steps, network)
 
 
-ROLES: dict[str, Callable[[CostModel, float, Callable[[int], float]], Roles | None]] = {
-    "static": lambda costs, step_s, transfer_s: None,
+ROLES: dict[str, Callable[[CostModel, float, float, Callable[[int], float]], Roles | None]] = {
+    "static": lambda costs, tbt_s, step_s, transfer_s: None,
     "elastic": Elastic,
 }
-"""Name on the command line → (costs, longest step of who decodes, seconds to transfer tokens) → rule; None: roles stay."""
+"""Name on the command line → (costs, TBT, longest step beside prefill, seconds to transfer tokens) → rule; None: roles stay."""

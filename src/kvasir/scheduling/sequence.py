@@ -73,8 +73,8 @@ class Sequence:
 
     def pages_for(self, tokens: int, block_tokens: int) -> int:
         """Pages missing to hold the first `tokens` tokens, of those that will be computed."""
-        covered = min(tokens, self.end)
-        return max(0, -(-covered // block_tokens) - len(self.pages))
+        missing = -(-min(tokens, self.end) // block_tokens) - len(self.pages)
+        return max(0, missing)
 
 
 def sequence_of(event: Submitted, *, rank: tuple[int, float, int], block_tokens: int) -> Sequence:

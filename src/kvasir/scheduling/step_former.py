@@ -32,8 +32,11 @@ class StepFormer:
         for a step already, so where steps are to be short its first one `puts_off` the prompts.
         """
         queues, max_batch = self._queues, self._config.max_batch
+        if queues.has_only_decodes:
+            self.puts_off = False
+            return []
         paused, decodes = queues.paused, queues.decodes
-        num_running = queues.num_running
+        num_running = len(decodes.members) + len(paused) + len(queues.begun)
         is_running = num_running > 0
         seats = 0 if is_running and (is_short or is_held) else max_batch - num_running
         joining = queues.ready[:seats] if seats > 0 else []
@@ -46,12 +49,13 @@ class StepFormer:
         budget = self._budget([*paused, *joining])
         in_order = sorted([*paused, *prompts], key=rank_of) if is_short and is_running else [*paused, *joining, *prompts]
         step: list[Sequence] = []
+        members = decodes.members
         is_blocked = False  # for pages; who waits behind does not overtake
         for seq in in_order:
             if seq.is_decoding:
                 self._decode(seq, beside=len(step))
                 continue
-            if len(decodes) + len(step) >= max_batch or (not seq.has_begun and (is_blocked or queues.num_running >= max_batch)):
+            if len(members) + len(step) >= max_batch or (not seq.has_begun and (is_blocked or queues.num_running >= max_batch)):
                 continue
             length = budget.chunk(seq.computable, seq.num_computed, seq.share)
             if length <= 0:
@@ -73,9 +77,12 @@ class StepFormer:
         """Pages that the next steps will need beyond the stash."""
         config, queues = self._config, self._queues
         wanted = queues.decodes.growth
+        if queues.has_only_decodes:
+            return wanted - len(self._stash)
         seats = config.max_batch - queues.num_running
-        for seq in (*queues.paused, *(queues.ready[:seats] if seats > 0 else ())):
-            wanted += seq.pages_for(seq.num_computed + 1 + config.ahead_tokens, config.block_tokens)
+        if queues.paused or queues.ready:
+            for seq in (*queues.paused, *(queues.ready[:seats] if seats > 0 else ())):
+                wanted += seq.pages_for(seq.num_computed + 1 + config.ahead_tokens, config.block_tokens)
         tokens = STEPS_AHEAD * config.max_step_tokens
         for seq in queues.prompts(seats):
             if tokens <= 0:
@@ -87,8 +94,11 @@ class StepFormer:
 
     def _budget(self, joining: list[Sequence]) -> ChunkBudget:
         decodes = self._queues.decodes
-        context = decodes.context_tokens + sum(seq.num_tokens for seq in joining)
-        share = min((seq.share for seq in self._queues.idle), default=1.0)
+        context = decodes.context_tokens
+        if joining:
+            context += sum([seq.num_tokens for seq in joining])
+        idle = self._queues.idle
+        share = min([seq.share for seq in idle]) if idle else 1.0
         batch = len(decodes) + len(joining)
         return ChunkBudget(self._config, self._costs, batch=batch, context_tokens=context, share=share)
 

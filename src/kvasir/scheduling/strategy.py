@@ -69,7 +69,7 @@ class Strategy:
         def transfer_s(tokens: int) -> float:
             return costs.transfer_s(tokens * config.kv_bytes_per_token)
 
-        roles = ROLES[self.roles](costs, self._mixed_step_s(slo) or slo.tbt_s, transfer_s)
+        roles = ROLES[self.roles](costs, slo.tbt_s, self._mixed_step_s(slo) or slo.tbt_s, transfer_s)
         replication = REPLICATIONS[self.replication](transfer_s)
         return Conductor(config, costs, rules=rules, slo=slo, rng=rng, roles=roles, replication=replication)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,9 @@ from msgspec.structs import replace
 
 from kvasir.core.commands import Candidate
 from kvasir.costs.model import CostModel
+
+if TYPE_CHECKING:
+    from kvasir.scheduling.few import FewView
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -47,6 +51,7 @@ class DecodeColumns(Struct, frozen=True):
     """The instances that can decode, sorted by id: what each was given already, those still in prefill included.
 
     Of these, `taken_batch` with `taken_context` and `taken_kv` tokens decode now. An answer stays for about `stays_s`.
+    `can_prefill`: it may also do that.
     """
 
     ids: tuple[str, ...]
@@ -58,6 +63,7 @@ class DecodeColumns(Struct, frozen=True):
     taken_context: Ints
     kv_tokens: Ints
     taken_kv: Ints
+    can_prefill: Bools
     stays_s: float
 
     def expected(self, in_s: float) -> DecodeColumns:
@@ -107,10 +113,7 @@ class ClusterView(Struct, frozen=True, dict=True):
         """Computing the rest of the prompt on an instance that does nothing else, in its steps."""
         known = self._prefill_s.get(cached_tokens)
         if known is None:
-            new_tokens = self.num_prompt_tokens - cached_tokens
-            known = self.costs.prefill_s(new_tokens, cached_tokens)
-            if self.chunk_tokens is not None and new_tokens > self.chunk_tokens:
-                known += (-(-new_tokens // self.chunk_tokens) - 1) * self.costs.prefill_s(1, 0)
+            known = prompt_prefill_s(self.costs, self.num_prompt_tokens, cached_tokens, self.chunk_tokens)
             self._prefill_s[cached_tokens] = known
         return known
 
@@ -180,20 +183,9 @@ class ClusterView(Struct, frozen=True, dict=True):
         its own and, before, every stage ahead of it the first chunk: n + stages - 1 turns for n chunks (FAST'25, 3.3). Each
         stage needs its layers of the prefix only, so that together they fetch it once.
         """
-        prefills, cached = self.prefills, self.best_tokens
-        all_s = self.prefill_s(cached)
-        new_tokens = self.num_prompt_tokens - cached
-        num_chunks = -(-new_tokens // (self.chunk_tokens or new_tokens))
-        turns = 1.0 + (len(rows) - 1) / num_chunks
-        pace = float(prefills.pace[rows].min())
-        wait_s = float(prefills.wait_s[rows].max())
-        prefill_s = all_s / len(rows) * turns / pace
-        transfer_s = self.transfer_s(cached)
-        if self.layerwise:
-            transfer_s = max(0.0, transfer_s - wait_s - prefill_s)
+        prefills = self.prefills
         group = tuple(prefills.ids[row] for row in rows)
-        source = self.source if cached else None
-        return Candidate(group[-1], wait_s, transfer_s, prefill_s, cached, cached, source, group=group)
+        return staged(self, group, wait_s=float(prefills.wait_s[rows].max()), pace=float(prefills.pace[rows].min()))
 
     def _candidate(
         self, row: int, prefix: int, seconds: float, *, fetch_tokens: int = 0, load_tokens: int = 0, source: str | None = None
@@ -206,12 +198,36 @@ class ClusterView(Struct, frozen=True, dict=True):
         )
 
 
+def staged(view: ClusterView | FewView, group: tuple[str, ...], *, wait_s: float, pace: float) -> Candidate:
+    """A pipeline of these stages, which are free in `wait_s` and as fast as the slowest of them."""
+    cached = view.best_tokens
+    new_tokens = view.num_prompt_tokens - cached
+    num_chunks = -(-new_tokens // (view.chunk_tokens or new_tokens))
+    turns = 1.0 + (len(group) - 1) / num_chunks
+    prefill_s = view.prefill_s(cached) / len(group) * turns / pace
+    transfer_s = view.transfer_s(cached)
+    if view.layerwise:
+        transfer_s = max(0.0, transfer_s - wait_s - prefill_s)
+    source = view.source if cached else None
+    return Candidate(group[-1], wait_s, transfer_s, prefill_s, cached, cached, source, group=group)
+
+
+def prompt_prefill_s(costs: CostModel, num_prompt_tokens: int, cached_tokens: int, chunk_tokens: int | None) -> float:
+    """Computing the rest of a prompt alone, in steps of `chunk_tokens`."""
+    new_tokens = num_prompt_tokens - cached_tokens
+    seconds = costs.prefill_s(new_tokens, cached_tokens)
+    if chunk_tokens is not None and new_tokens > chunk_tokens:
+        seconds += (-(-new_tokens // chunk_tokens) - 1) * costs.prefill_s(1, 0)
+    return seconds
+
+
 def _mixed(taken: Ints, assigned: Ints, stayed: float, came: float) -> Ints:
     return (taken * stayed + (assigned - taken) * came).astype(np.int64)
 
 
 def _by_value(seconds: Callable[[int], float], tokens: Ints) -> Floats:
-    """`seconds` of each row; prefixes are few, so each is asked for once."""
-    listed = tokens.tolist()
-    table = {value: seconds(value) for value in set(listed)}
-    return np.array([table[value] for value in listed])
+    """`seconds` of each row; prefixes are few, so each is asked for once, and its rows are written together."""
+    by_row: Floats = np.empty(len(tokens))
+    for value in set(tokens.tolist()):
+        by_row[tokens == value] = seconds(value)
+    return by_row

@@ -12,11 +12,12 @@ Call = Callable[[Any], None]
 class Agenda:
     """A heap of calls. `now` is the time of the call that runs; nothing can be planned for the past."""
 
-    __slots__ = ("_heap", "_number", "now")
+    __slots__ = ("_heap", "_is_stopped", "_number", "now")
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Call, Any]] = []
         self._number = 0
+        self._is_stopped = False
         self.now = 0.0
 
     def __len__(self) -> int:
@@ -25,7 +26,9 @@ class Agenda:
     def at(self, time_s: float, call: Call, argument: Any = None) -> None:
         """Call `call(argument)` at `time_s`. What is planned cannot be taken back: the callee must know that it is void."""
         self._number += 1
-        heappush(self._heap, (max(self.now, time_s), self._number, call, argument))
+        if time_s < self.now:
+            time_s = self.now
+        heappush(self._heap, (time_s, self._number, call, argument))
 
     def soon(self, call: Call, argument: Any = None) -> None:
         """At the present time, after all that is planned for it already."""
@@ -35,3 +38,15 @@ class Agenda:
         """Let the next thing happen."""
         self.now, _, call, argument = heappop(self._heap)
         call(argument)
+
+    def run(self) -> None:
+        """Let things happen, one after the other, until somebody says `stop` (or nothing is planned: IndexError)."""
+        heap = self._heap
+        self._is_stopped = False
+        while not self._is_stopped:
+            self.now, _, call, argument = heappop(heap)
+            call(argument)
+
+    def stop(self) -> None:
+        """What happens now is the last."""
+        self._is_stopped = True

@@ -75,9 +75,10 @@ class Breakage:
             if instance.node is node:
                 self._kill(name)
         for flow in [*node.outgoing.flows, *node.incoming.flows, *node.ssd_in.flows, *node.ssd_out.flows]:
+            fail = flow.fail
             self._network.stop(flow)
-            if flow.fail is not None:
-                flow.fail()
+            if fail is not None:
+                fail()
         self._hub.tell(NodeLost(node.spec.id))
 
     def _restart_node(self, node: SimNode) -> None:

@@ -49,23 +49,36 @@ class Capacity:
         return "none" if self.speed is None else f"{'>= ' if self.is_bound else ''}{self.speed:g}x"
 
 
-def find_capacity(evaluate: Callable[[float], Attainment], *, start: float = 1.0, resolution: float = RESOLUTION) -> Capacity:
-    """Bracket by doubling or halving from `start`, bisect, then look a little above, and go on from there if that passes.
+def find_capacity(
+    evaluate: Callable[[float], Attainment],
+    *,
+    start: float = 1.0,
+    resolution: float = RESOLUTION,
+    stride: float = 2.0,
+    lowest: float = LOWEST_SPEED,
+) -> Capacity:
+    """Bracket by strides from `start`, bisect, then look a little above, and go on from there if that passes.
 
-    No speed is evaluated twice. Deterministic if `evaluate` is. Raises ConfigError for a start or resolution out of range.
+    A `stride` is a factor: little above 1 where `start` is a good guess. Speeds below `lowest` are not asked for. No speed is
+    evaluated twice. Deterministic if `evaluate` is. Raises ConfigError for a start, stride or resolution out of range.
     """
-    if not LOWEST_SPEED <= start <= HIGHEST_SPEED:
-        raise ConfigError(f"capacity: start: got {start:g}, expected a speed from {LOWEST_SPEED:g} to {HIGHEST_SPEED:g}")
+    if not max(lowest, LOWEST_SPEED) <= start <= HIGHEST_SPEED:
+        least = max(lowest, LOWEST_SPEED)
+        raise ConfigError(f"capacity: start: got {start:g}, expected a speed from {least:g} to {HIGHEST_SPEED:g}")
+    if not stride > 1:
+        raise ConfigError(f"capacity: stride: got {stride:g}, expected more than 1")
     if not 0 < resolution < 1:
         raise ConfigError(f"capacity: resolution: got {resolution:g}, expected a share between 0 and 1")
-    search = _Search(evaluate, resolution)
+    search = _Search(evaluate, resolution, stride, max(lowest, LOWEST_SPEED))
     return Capacity(search.run(start), tuple(search.probes.values()))
 
 
 class _Search:
-    def __init__(self, evaluate: Callable[[float], Attainment], resolution: float):
+    def __init__(self, evaluate: Callable[[float], Attainment], resolution: float, stride: float, lowest: float):
         self._evaluate = evaluate
         self._resolution = resolution
+        self._stride = stride
+        self._lowest = lowest
         self.probes: dict[float, Probe] = {}
 
     def run(self, start: float) -> float | None:
@@ -83,10 +96,10 @@ class _Search:
     def _bracket(self, start: float) -> tuple[float | None, float | None]:
         """The speeds around the edge; None where the search ran out of range."""
         if self._passes(start):
-            return self._double(start, factor=2.0)
+            return self._double(start, factor=self._stride)
         high = start
-        while high > LOWEST_SPEED:
-            low = max(_rounded(high / 2), LOWEST_SPEED)
+        while high > self._lowest:
+            low = max(_rounded(high / self._stride), self._lowest)
             if self._passes(low):
                 return low, high
             high = low

@@ -47,7 +47,7 @@ class Decoding:
     def begin(self, batch: int, now: float) -> list[Seq]:
         """A step with `batch` decoding sequences begins: all of them, unless pages are short. Returns the singles in it."""
         left_out: dict[Seq, None] = {}
-        singles = list(self._singles)
+        singles = list(self._singles) if self._singles else []
         if batch != len(self._members) + len(singles):
             in_step = self._list_step()
             singles = [seq for seq in singles if seq.name in in_step]
@@ -56,6 +56,10 @@ class Decoding:
                 self._joining.pop(seq, None)
                 self._close(seq)
         log, joining = self._log, self._joining
+        if not joining and not singles:
+            self._idle_s = now - log.ended_s
+            self._joining = left_out
+            return singles
         self._idle_s = now - log.ended_s if batch > len(joining) + len(singles) else 0.0
         for seq in joining:
             seq.is_joined = True
@@ -82,6 +86,6 @@ class Decoding:
         seq.is_joined = False
         log, job = self._log, seq.job
         if log.passes > seq.passes_at:
-            job.gaps.append(log.since(seq.log_at, seq.extra_s))
+            job.gaps += log.since(seq.log_at, seq.extra_s)
             job.emitted += log.passes - seq.passes_at
             job.last_token_s = log.ended_s

@@ -11,13 +11,10 @@ from __future__ import annotations
 
 from array import array
 
-import numpy as np
-import numpy.typing as npt
-
 TAIL_PER_CENT = 10
 """TBT of a request is the mean of its longest tenth of gaps: report/timeline.py has the definition for single tokens."""
 
-Runs = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]
+Runs = list[tuple[float, int]]
 """Seconds, and how many gaps of that length there were."""
 
 
@@ -47,11 +44,12 @@ class GapLog:
 
     def since(self, start: int, extra_s: float) -> Runs:
         """The gaps from entry `start` on; the first of them is `extra_s` longer for whoever joined then."""
-        seconds, counts = np.array(self._seconds[start:]), np.array(self._counts[start:])
-        if len(counts) and extra_s:
-            counts[0] -= 1
-            return np.append(seconds, seconds[0] + extra_s), np.append(counts, 1)
-        return seconds, counts
+        runs = list(zip(self._seconds[start:], self._counts[start:], strict=True))
+        if runs and extra_s:
+            seconds, count = runs[0]
+            runs[0] = seconds, count - 1
+            runs.append((seconds + extra_s, 1))
+        return runs
 
     def _put(self, count: int, seconds: float) -> None:
         self._counts.append(count)
@@ -60,20 +58,19 @@ class GapLog:
 
 def single(seconds: float) -> Runs:
     """One gap."""
-    return np.array([seconds]), np.array([1])
+    return [(seconds, 1)]
 
 
-def tbt_s(gaps: list[Runs]) -> float | None:
+def tbt_s(gaps: Runs) -> float | None:
     """Mean of the longest 10 % of the gaps, at least one; None without a gap."""
-    if not gaps:
-        return None
-    seconds = np.concatenate([seconds for seconds, _ in gaps])
-    counts = np.concatenate([counts for _, counts in gaps])
-    num_gaps = int(counts.sum())
+    num_gaps = sum([count for _, count in gaps])
     if not num_gaps:
         return None
-    num_longest = -(-num_gaps * TAIL_PER_CENT // 100)
-    order = np.argsort(-seconds, kind="stable")
-    before = np.cumsum(counts[order]) - counts[order]
-    taken = np.clip(num_longest - before, 0, counts[order])
-    return float(taken @ seconds[order]) / num_longest
+    num_longest = left = -(-num_gaps * TAIL_PER_CENT // 100)
+    total_s = 0.0
+    for seconds, count in sorted(gaps, reverse=True):
+        if count >= left:
+            return (total_s + left * seconds) / num_longest
+        total_s += count * seconds
+        left -= count
+    raise AssertionError("the longest are some of all")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -84,37 +85,32 @@ class SimHub:
         """Give the Conductor an event and carry out what it says."""
         assert self._conductor is not None
         for command in self._conductor.handle(event, self._agenda.now):
-            self._carry_out(command)
+            _HANDLERS[type(command)](self, command)
 
     def arrive(self, job: Job, request: Request) -> None:
         self.jobs[job.id] = job
         self.tell(Arrived(request))
 
-    def _carry_out(self, command: Command) -> None:
-        match command:
-            case cmd.Prefill():
-                self._record(command.decision)
-                self._prefill(command)
-            case cmd.Decode():
-                self._decode(command)
-            case cmd.Cancel():
-                self._cancel(command)
-            case cmd.Reject():
-                self._record(command.decision)
-                self.rejections[command.code] += 1
-                self._end(self.jobs[command.request_id], Status.REJECTED, command.code)
-            case cmd.Fail():
-                self._end(self.jobs[command.request_id], Status.FAILED, command.code)
-            case cmd.SetRole():
-                self._agenda.soon(self._set_role, command)
-            case cmd.Replicate():
-                self._replicate(command)
-            case cmd.Resync():
-                self.tell(self.nodes[command.node].inventory())
-            case cmd.ShareCores():
-                self.instances[command.instance].pace(command.with_prefill)
-            case _:
-                raise AssertionError(f"the Conductor said {command!r}")
+    def _start_prefill(self, command: cmd.Prefill) -> None:
+        self._record(command.decision)
+        self._prefill(command)
+
+    def _reject(self, command: cmd.Reject) -> None:
+        self._record(command.decision)
+        self.rejections[command.code] += 1
+        self._end(self.jobs[command.request_id], Status.REJECTED, command.code)
+
+    def _fail(self, command: cmd.Fail) -> None:
+        self._end(self.jobs[command.request_id], Status.FAILED, command.code)
+
+    def _plan_role(self, command: cmd.SetRole) -> None:
+        self._agenda.soon(self._set_role, command)
+
+    def _resync(self, command: cmd.Resync) -> None:
+        self.tell(self.nodes[command.node].inventory())
+
+    def _share_cores(self, command: cmd.ShareCores) -> None:
+        self.instances[command.instance].pace(command.with_prefill)
 
     # --- prefill -----------------------------------------------------------------------------------------------
 
@@ -122,6 +118,7 @@ class SimHub:
         job = self.jobs[command.request_id]
         if job.attempt is not None:
             self._abandon(job.attempt)
+            job.attempt.forget()
         self._num_runs += 1
         attempt = job.attempt = Attempt(job, f"{job.id}#{self._num_runs}", command.decode)
         group = command.candidate.members
@@ -422,8 +419,10 @@ class SimHub:
 
     def _end(self, job: Job, status: Status, reason: str | None) -> None:
         del self.jobs[job.id]
-        if job.attempt is not None:
-            self._abandon(job.attempt)
+        attempt, job.attempt = job.attempt, None
+        if attempt is not None:
+            self._abandon(attempt)
+            attempt.forget()
         self._records.end(
             job.number,
             status,
@@ -471,16 +470,18 @@ class SimHub:
             self.tell(InstanceJoined(instance.info))
 
     def beat(self, report_delay_s: float) -> None:
-        """Every instance that did anything says how it is."""
+        """Every instance that did anything says how it is, unless that changes nothing."""
+        assert self._conductor is not None
         for name, instance in list(self.instances.items()):
-            if instance.was_idle and instance.is_idle:
+            is_idle = not instance.sequences
+            if is_idle and instance.was_idle:
                 continue
-            instance.was_idle = instance.is_idle
-            report = Heartbeat(name, instance.info.epoch, instance.load())
+            instance.was_idle = is_idle
             if report_delay_s:
+                report = Heartbeat(name, instance.info.epoch, instance.load())
                 self._agenda.at(self._agenda.now + report_delay_s, self.tell, report)
-            else:
-                self.tell(report)
+            elif self._conductor.wants_report(name, instance.info.epoch):
+                self.tell(Heartbeat(name, instance.info.epoch, instance.load()))
             instance.tick()
 
     @property
@@ -494,3 +495,17 @@ class SimHub:
     def _record(self, decision: Decision) -> None:
         if self._decisions is not None:
             self._decisions.append(decision)
+
+
+_HANDLERS: dict[type[Command], Callable[[SimHub, Any], None]] = {
+    cmd.Prefill: SimHub._start_prefill,
+    cmd.Decode: SimHub._decode,
+    cmd.Cancel: SimHub._cancel,
+    cmd.Reject: SimHub._reject,
+    cmd.Fail: SimHub._fail,
+    cmd.SetRole: SimHub._plan_role,
+    cmd.Replicate: SimHub._replicate,
+    cmd.Resync: SimHub._resync,
+    cmd.ShareCores: SimHub._share_cores,
+}
+"""All that the Conductor says."""

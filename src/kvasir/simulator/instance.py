@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
-from msgspec.structs import replace
-
-from kvasir.core.commands import HandOff, NeedPages, Preempt, Publish, Release, ReturnPages, Starved, Step
+from kvasir.core.commands import Command, HandOff, NeedPages, Preempt, Publish, Release, ReturnPages, Starved, Step
 from kvasir.core.events import (
     Cancelled,
     Event,
@@ -166,10 +165,12 @@ class SimInstance:
         """The queues now, with what waits for its KV or for pages, and what the pool could give."""
         load = self.batcher.load()
         absent = [seq for seq in self._absent if not seq.is_adopted and not seq.is_cancelled]
-        tokens = sum(seq.num_tokens - seq.prefix_tokens for seq in absent)
-        free = load.free_kv_tokens + self.memory.free_tokens
-        return replace(
-            load, waiting=load.waiting + len(absent), waiting_tokens=load.waiting_tokens + tokens, free_kv_tokens=free
+        return InstanceLoad(
+            waiting=load.waiting + len(absent),
+            running=load.running,
+            waiting_tokens=load.waiting_tokens + sum([seq.num_tokens - seq.prefix_tokens for seq in absent]),
+            context_tokens=load.context_tokens,
+            free_kv_tokens=load.free_kv_tokens + self.memory.free_tokens,
         )
 
     @property
@@ -269,8 +270,9 @@ class SimInstance:
         seq.prefix_tokens = self.memory.open(seq) * self._block_tokens
         self.submit(seq)
 
-    def _preempt(self, seq: Seq, pages: tuple[int, ...]) -> None:
-        self.memory.release(seq, pages)
+    def _preempt(self, command: Preempt) -> None:
+        seq = self.sequences[command.request_id]
+        self.memory.release(seq, command.pages)
         self._decoding.remove(seq)
         seq.is_submitted = seq.is_adopted = False
         seq.num_tokens, seq.prefix_tokens = seq.job.known_tokens, 0
@@ -280,15 +282,18 @@ class SimInstance:
     # --- what the Batcher wants --------------------------------------------------------------------------------
 
     def _apply(self, event: Event) -> None:
-        self._inbox.append(event)
         if self._is_applying:
+            self._inbox.append(event)
             return
         self._is_applying = True
-        while self._inbox:
+        handle, now = self.batcher.handle, self._agenda.now
+        following: Event | None = event
+        while following is not None:
             if self._step is not None and self._step.repeats > 1:
                 self._cut()
-            for command in self.batcher.handle(self._inbox.popleft(), self._agenda.now):
-                self._carry_out(command)
+            for command in handle(following, now):
+                _HANDLERS[type(command)](self, command)
+            following = self._inbox.popleft() if self._inbox else None
         self._is_applying = False
         if self._told or self._handed or self._ended:
             self._tell()
@@ -297,44 +302,38 @@ class SimInstance:
         else:
             self._num_left = 0
 
-    def _carry_out(self, command: object) -> None:
-        kind = type(command)
-        if kind is Step:
-            self._begin(command)  # type: ignore[arg-type]
-        elif kind is Publish:
-            self.memory.publish(self.sequences[command.request_id], command.blocks)  # type: ignore[attr-defined]
-        elif kind is NeedPages:
-            self._inbox.append(PagesGranted(self.memory.reserve(command.count)))  # type: ignore[attr-defined]
-        elif kind is Release:
-            self._release(self.sequences[command.request_id], command.pages)  # type: ignore[attr-defined]
-        elif kind is HandOff:
-            seq = self.sequences[command.request_id]  # type: ignore[attr-defined]
-            self.memory.offer(seq, command.pages, self._agenda.now + OFFER_S)  # type: ignore[attr-defined]
-            self._forget(seq)
-            self._handed.append(seq)
-        elif kind is ReturnPages:
-            self.memory.revoke(command.pages)  # type: ignore[attr-defined]
-        elif kind is Preempt:
-            self._preempt(self.sequences[command.request_id], command.pages)  # type: ignore[attr-defined]
-        elif kind is Starved:
-            seq = self.sequences[command.request_id]  # type: ignore[attr-defined]
-            self.memory.release(seq, command.pages)  # type: ignore[attr-defined]
-            self._forget(seq)
-            self._listener.failed(seq, f"no KVCache block became free for {command.waited_s:.0f} s")  # type: ignore[attr-defined]
-        else:
-            raise AssertionError(f"the Batcher said {command!r}")
+    def _published(self, command: Publish) -> None:
+        self.memory.publish(self.sequences[command.request_id], command.blocks)
 
-    def _release(self, seq: Seq, pages: tuple[int, ...]) -> None:
-        self.memory.release(seq, pages)
+    def _need_pages(self, command: NeedPages) -> None:
+        self._inbox.append(PagesGranted(self.memory.reserve(command.count)))
+
+    def _hand_off(self, command: HandOff) -> None:
+        seq = self.sequences[command.request_id]
+        self.memory.offer(seq, command.pages, self._agenda.now + OFFER_S)
+        self._forget(seq)
+        self._handed.append(seq)
+
+    def _return_pages(self, command: ReturnPages) -> None:
+        self.memory.revoke(command.pages)
+
+    def _starved(self, command: Starved) -> None:
+        seq = self.sequences[command.request_id]
+        self.memory.release(seq, command.pages)
+        self._forget(seq)
+        self._listener.failed(seq, f"no KVCache block became free for {command.waited_s:.0f} s")
+
+    def _release(self, command: Release) -> None:
+        seq = self.sequences[command.request_id]
+        self.memory.release(seq, command.pages)
         self._forget(seq)
         if not seq.is_cancelled and seq.stage is None:
             self._ended.append(seq)
 
     def _tell(self) -> None:
         """First the tokens, then the hand-offs, as live."""
-        told, self._told = self._told, []
-        ended, self._ended = self._ended, []
-        handed, self._handed = self._handed, []
+        told, ended, handed = self._told, self._ended, self._handed
+        self._told, self._ended, self._handed = [], [], []
         for seq in ended:
             self._listener.finished(seq)
         for seq in told:
@@ -346,7 +345,9 @@ class SimInstance:
     # --- steps -------------------------------------------------------------------------------------------------
 
     def _begin(self, step: Step) -> None:
-        now = max(self._agenda.now, self._resumes_s)
+        now = self._agenda.now
+        if now < self._resumes_s:
+            now = self._resumes_s
         self._step, self._start_s = step, now
         self._passes = step.repeats if self._cores is None and not self._pauses else 1
         self._number += 1
@@ -359,8 +360,8 @@ class SimInstance:
         self.prefill_s += seconds
         self.decode_batch = step.batch
         if step.batch:
-            self._singles = self._decoding.begin(step.batch, now)
-            for seq in self._singles:
+            self._singles = singles = self._decoding.begin(step.batch, now)
+            for seq in singles:
                 self._passes = 1
                 if not seq.is_started:
                     self._started(seq)
@@ -373,7 +374,9 @@ class SimInstance:
             seconds += pass_s
         self._first_s = seconds
         if self._cores is None:
-            self._agenda.at(now + self._lasts_s(self._passes), self._end, self._number)
+            passes = self._passes
+            lasts_s = seconds if passes == 1 else self._lasts_s(passes)
+            self._agenda.at(now + lasts_s, self._end, self._number)
         else:
             self._agenda.at(now, self._compute, self._number)
 
@@ -427,9 +430,10 @@ class SimInstance:
 
     def _computed(self, step: Step, now: float) -> None:
         """Note the tokens that chunks gave; those of sequences that stay here are to be told to the hub."""
-        singles, self._singles = self._singles, []
-        for seq in singles:
-            self._sampled(seq, now)
+        if self._singles:
+            singles, self._singles = self._singles, []
+            for seq in singles:
+                self._sampled(seq, now)
         for chunk in step.chunks:
             seq = self.sequences[chunk.request_id]
             if seq.stage is not None:
@@ -445,7 +449,7 @@ class SimInstance:
         if seq.is_cancelled:
             return
         if job.emitted:
-            job.gaps.append(single(now - job.last_token_s))
+            job.gaps += single(now - job.last_token_s)
         else:
             job.first_token_s = now
         job.emitted += 1
@@ -453,3 +457,16 @@ class SimInstance:
         if not seq.hands_off and job.emitted < job.output_tokens:
             self._decoding.add(seq)
             self._told.append(seq)
+
+
+_HANDLERS: dict[type[Command], Callable[[SimInstance, Any], None]] = {
+    Step: SimInstance._begin,
+    Publish: SimInstance._published,
+    NeedPages: SimInstance._need_pages,
+    Release: SimInstance._release,
+    HandOff: SimInstance._hand_off,
+    ReturnPages: SimInstance._return_pages,
+    Preempt: SimInstance._preempt,
+    Starved: SimInstance._starved,
+}
+"""All that a Batcher says."""

@@ -48,7 +48,7 @@ class Job:
         self.cached_tokens: int | None = None
         self.first_token_s = 0.0
         self.last_token_s = 0.0
-        self.gaps: list[Runs] = []
+        self.gaps: Runs = []
         self.attempt: Attempt | None = None
 
     @property
@@ -81,6 +81,12 @@ class Attempt:
         self.stream_to: SimNode | None = None
         self.offered: SimNode | None = None
         self.is_prefilled = False
+
+    def forget(self) -> None:
+        """It is over: let go of what refers back, so that its memory is free at once and not when garbage is collected."""
+        self.stages = []
+        self.decoder = self.stream = None
+        self.flows = {}
 
     @property
     def sequences(self) -> list[Seq]:

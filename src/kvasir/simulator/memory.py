@@ -264,10 +264,11 @@ class DeviceMemory(_PoolUser):
         self._free.extend(pages)
 
     def publish(self, seq: Seq, blocks: tuple[FilledBlock, ...]) -> None:
-        seq.pages += [block.page for block in blocks[max(0, len(seq.pages) - blocks[0].index) :]]
+        first = blocks[0].index
+        seq.pages += [block.page for block in blocks[max(0, len(seq.pages) - first) :]]
         if not seq.has_lease:
             return
-        keys = seq.job.keys[blocks[0].index : blocks[-1].index + 1]
+        keys = seq.job.keys[first : blocks[-1].index + 1]
         if not keys:
             return
         if seq.deferred is not None:

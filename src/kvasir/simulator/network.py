@@ -34,10 +34,25 @@ class Flow:
     The agenda looks at it at `looks_s`, which is no later than `ends_s`. `fail` is for whoever breaks it.
     """
 
-    __slots__ = ("ends_s", "fail", "is_active", "latency_s", "left", "looks_s", "pipes", "rate", "since_s", "then", "version")
+    __slots__ = (
+        "ends_s",
+        "fail",
+        "first",
+        "is_active",
+        "last",
+        "latency_s",
+        "left",
+        "looks_s",
+        "pipes",
+        "rate",
+        "since_s",
+        "then",
+        "version",
+    )
 
     def __init__(self, pipes: Pipes, num_bytes: float, latency_s: float, then: Callable[[Flow], None], now: float):
         self.pipes = pipes
+        self.first, self.last = pipes[0], pipes[-1]
         self.left = num_bytes
         self.latency_s = latency_s
         self.then = then
@@ -47,6 +62,14 @@ class Flow:
         self.ends_s = self.looks_s = math.inf
         self.version = 0
         self.is_active = True
+
+    def forget(self) -> None:
+        """It is over: let go of whoever refers to it, so that no garbage is left to collect."""
+        self.then, self.fail = _nothing, None
+
+
+def _nothing(_: Flow) -> None:
+    return
 
 
 class Network:
@@ -82,6 +105,7 @@ class Network:
         flow.version += 1
         if flow.is_active:
             self._leave(flow)
+        flow.forget()
 
     def set_bandwidth(self, pipe: Pipe, bandwidth: float) -> None:
         pipe.bandwidth = bandwidth
@@ -95,15 +119,23 @@ class Network:
 
     def _share(self, pipes: Pipes) -> None:
         """Give every flow through one of these pipes the rate that it has now."""
+        now = self._agenda.now
         for pipe in pipes:
-            pipe.share = pipe.bandwidth / max(1, len(pipe.flows))
+            pipe.share = pipe.bandwidth / (len(pipe.flows) or 1)
         for pipe in pipes:
             for flow in pipe.flows:
-                rate = min(flow.pipes[0].share, flow.pipes[-1].share)
-                if rate != flow.rate:
-                    self._settle(flow)
-                    flow.rate = rate
-                    self._plan(flow)
+                rate, other = flow.first.share, flow.last.share
+                if other < rate:
+                    rate = other
+                if rate != flow.rate:  # settle and plan, written out: it is done for every flow that shares a pipe
+                    left = flow.left - flow.rate * (now - flow.since_s)
+                    if left < 0.0:
+                        left = 0.0
+                    flow.left, flow.since_s, flow.rate = left, now, rate
+                    flow.ends_s = ends_s = now + left / rate
+                    if ends_s < flow.looks_s:
+                        flow.version += 1
+                        self._look(flow)
 
     def _settle(self, flow: Flow) -> None:
         now = self._agenda.now
@@ -132,12 +164,13 @@ class Network:
         if flow.latency_s:
             self._agenda.at(self._agenda.now + flow.latency_s, self._arrived, planned)
         else:
-            flow.then(flow)
+            self._arrived(planned)
 
     def _arrived(self, planned: tuple[Flow, int]) -> None:
         flow, version = planned
         if flow.version == version:
             flow.then(flow)
+            flow.forget()
 
     def _leave(self, flow: Flow) -> None:
         flow.is_active = False

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from kvasir.core.events import BlocksRemoved, BlocksStored, Event, Inventory
 from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import (
-    KeyedSlot,
     LeaseBlocks,
     Leased,
     Loaded,
     Loading,
     OwnerJoined,
     PoolEvent,
-    PutEnd,
-    PutStart,
+    PutBlocks,
     Refused,
     ReleaseLease,
     Removed,
@@ -130,11 +128,7 @@ class SimNode:
         """Close a lease of the messenger, or one on offer."""
         self.handle(ReleaseLease(MESSENGER, 0, lease))
 
-    def put(self, owner: str, epoch: int, lease: str, keys: Sequence[BlockKey]) -> list[int]:
+    def put(self, owner: str, epoch: int, lease: str, keys: tuple[BlockKey, ...]) -> tuple[int, ...]:
         """Publish blocks that have arrived, under a lease of the owner; their slots, fewer when the pool is full."""
-        reserved = self.handle(PutStart(owner, epoch, len(keys)))
-        if not isinstance(reserved, Reserved) or not reserved.slots:
-            return []
-        blocks = tuple([KeyedSlot(key, slot) for key, slot in zip(keys, reserved.slots, strict=False)])
-        self.handle(PutEnd(owner, epoch, lease, blocks))
-        return list(reserved.slots)
+        reserved = self.handle(PutBlocks(owner, epoch, lease, keys))
+        return reserved.slots if isinstance(reserved, Reserved) else ()

@@ -37,7 +37,7 @@ class PromptKeys:
             return tuple([(part << _PART_SHIFT | hash_id).to_bytes(KEY_BYTES, "little") for hash_id, part in parts])
         if self._merge > 1:
             ids = ids[self._merge - 1 :: self._merge]
-        return tuple([hash_id.to_bytes(KEY_BYTES, "little") for hash_id in ids[:count]])
+        return tuple([hash_id.to_bytes(KEY_BYTES, "little") for hash_id in (ids if count == len(ids) else ids[:count])])
 
 
 def output_key(number: int, index: int) -> BlockKey:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,19 +43,32 @@ class Records:
 
 
 class RecordBook:
-    """Rows as they are written; every request must get exactly one outcome."""
+    """Rows as they are written; every request must get exactly one outcome. `then` is called at the last."""
 
-    __slots__ = ("_arrival", "_cached", "_end", "_input", "_output", "_reason", "_status", "_tbt", "_ttft", "num_ended")
+    __slots__ = (
+        "_arrival",
+        "_cached",
+        "_end",
+        "_input",
+        "_output",
+        "_reason",
+        "_status",
+        "_tbt",
+        "_then",
+        "_ttft",
+        "num_ended",
+    )
 
-    def __init__(self, trace: Trace):
+    def __init__(self, trace: Trace, then: Callable[[], None]):
+        self._then = then
         count = len(trace.requests)
-        self._arrival = [request.arrival_s for request in trace.requests]
-        self._input = [request.input_tokens for request in trace.requests]
-        self._output = [0] * count
-        self._cached = [0] * count
-        self._ttft = [math.nan] * count
-        self._tbt = [math.nan] * count
-        self._end = [math.nan] * count
+        self._arrival = array("d", [request.arrival_s for request in trace.requests])
+        self._input = array("q", [request.input_tokens for request in trace.requests])
+        self._output = array("q", [0]) * count
+        self._cached = array("q", [0]) * count
+        self._ttft = array("d", [math.nan]) * count
+        self._tbt = array("d", [math.nan]) * count
+        self._end = array("d", [math.nan]) * count
         self._status: list[Status | None] = [None] * count
         self._reason: list[str | None] = [None] * count
         self.num_ended = 0
@@ -79,6 +94,8 @@ class RecordBook:
         if tbt_s is not None:
             self._tbt[number] = tbt_s
         self.num_ended += 1
+        if self.num_ended == len(self._status):
+            self._then()
 
     def finish(self, unloaded_prefill_s: Floats) -> Records:
         statuses = {status: index for index, status in enumerate(Status)}

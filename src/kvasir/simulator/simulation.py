@@ -68,7 +68,7 @@ class Simulation:
         self._on_progress = on_progress
         self._agenda = Agenda()
         self._network = Network(self._agenda)
-        self._records = RecordBook(trace)
+        self._records = RecordBook(trace, self._agenda.stop)
         self._hot = HotBlocks(config.num_hot if config.sample_s else 0)
         self._decisions: list[Decision] | None = [] if config.keep_decisions else None
         self._keys = PromptKeys(trace.block_tokens, cluster.block_tokens)
@@ -101,16 +101,14 @@ class Simulation:
 
     def run(self) -> Run:
         """Play the trace to its last outcome."""
-        agenda, step = self._agenda, self._agenda.step
+        agenda = self._agenda
         if self._trace.requests:
             agenda.at(self._trace.requests[0].arrival_s, self._arrive)
             agenda.at(agenda.now, self._tick)
             agenda.at(agenda.now, self._beat)
             if self._config.sample_s:
                 agenda.at(agenda.now, self._sample)
-        total, records = len(self._trace.requests), self._records
-        while records.num_ended < total:
-            step()
+            agenda.run()
         return self._result()
 
     def check(self) -> None:

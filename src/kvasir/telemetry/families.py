@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from kvasir.core.events import InstanceInfo, InstanceLoad
 from kvasir.core.pool_events import PoolStats
-from kvasir.core.usage import TransportUsage
+from kvasir.core.usage import TenantUsage, TransportUsage
 from kvasir.telemetry.histogram import Histogram
 from kvasir.telemetry.pool_families import pool_families, tenant_families, transfer_families, used_slots
 
@@ -39,6 +39,8 @@ class StatusView(Protocol):
     def counters(self) -> Mapping[str, float]: ...
     @property
     def transports(self) -> Mapping[str, Sequence[TransportUsage]]: ...
+    @property
+    def tenants(self) -> Mapping[str, Sequence[TenantUsage]]: ...
 
 
 class Counts(Protocol):
@@ -83,7 +85,7 @@ class Families(Collector):
         )
         yield from pool_families(status.pools, self._block_bytes)
         yield from transfer_families(status.transports)
-        yield from tenant_families(status.pools)
+        yield from tenant_families(status.tenants)
         for name, value in sorted(status.counters.items()):
             yield CounterMetricFamily(f"kvasir_cluster_{name}", f"Conductor's count of {name.replace('_', ' ')}", value)
         yield from self._vllm_gauges(status)

@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from kvasir.core.pool_events import PoolStats
 from kvasir.core.tier import Tier
-from kvasir.core.usage import TransportUsage
+from kvasir.core.usage import TenantUsage, TransportUsage
 
 STATES = ("free", "reserved", "private", "published", "leased", "loading", "spilling", "fetching", "pinned")
 """Slots of the arena by what they are now; `leased` and `pinned` ones are published as well."""
@@ -74,13 +74,13 @@ def transfer_families(transports: Mapping[str, Sequence[TransportUsage]]) -> Ite
     yield from (*(family for family, _ in counters), queued)
 
 
-def tenant_families(pools: Mapping[str, PoolStats]) -> Iterator[Metric]:
+def tenant_families(tenants: Mapping[str, Sequence[TenantUsage]]) -> Iterator[Metric]:
     labels = ["node", "tenant"]
     blocks = GaugeMetricFamily("kvasir_tenant_blocks", "Blocks of the tenant in the node's DRAM", labels=labels)
     quotas = GaugeMetricFamily("kvasir_tenant_quota_blocks", "Blocks that the tenant may have there", labels=labels)
-    for node, stats in sorted(pools.items()):
-        for usage in stats.tenants:
-            blocks.add_metric([node, usage.tenant], usage.published)
+    for node, found in sorted(tenants.items()):
+        for usage in found:
+            blocks.add_metric([node, usage.tenant], usage.blocks)
             if usage.quota is not None:
                 quotas.add_metric([node, usage.tenant], usage.quota)
     yield from (blocks, quotas)

@@ -23,7 +23,7 @@ from kvasir.store.messenger import (
 
 NUM_SLOTS = 24
 SLOT_BYTES = 300_000  # no multiple of a page: between two slots lie bytes that nobody may touch
-LIMITS = TcpLimits(slice_bytes=1 << 16, stall_s=0.5, connect_s=2.0)
+LIMITS = TcpLimits(slice_bytes=1 << 16, window_bytes=1 << 17, stall_s=0.5, connect_s=2.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +59,15 @@ def expected(target: np.ndarray, source: Arena, spans: list[SpanPair]) -> np.nda
 async def bed(make: Callable[[Arena], Transport], *, stall_s: float = 5.0) -> AsyncIterator[Bed]:
     source, target = filled(1), filled(2)
     server = await TcpServer.start(source, "127.0.0.1", stall_s=stall_s)
-    peer = PeerArena("source", source.handle, host_identity(), tcp=server.address)
     transport = make(target)
+    serving = make(source)
+    nixl = serving.address if serving.name == "nixl" else None  # type: ignore[attr-defined]
+    peer = PeerArena("source", source.handle, host_identity(), tcp=server.address, nixl=nixl)
     try:
         yield Bed(source, target, peer, transport, server)
     finally:
         await transport.close()
+        await serving.close()
         await server.close()
         source.close()
         target.close()

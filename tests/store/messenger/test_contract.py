@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -15,10 +16,22 @@ from hypothesis import strategies as st
 from kvasir.core.errors import TransferError
 from kvasir.store.arena import Arena
 from kvasir.store.messenger import SpanPair, Transport
+from kvasir.store.messenger.faulty import FaultPlan, FaultyTransport
 from tests.store.messenger.beds import NUM_SLOTS, SLOT_BYTES, bed, expected, shm, soon, tcp
 
 Make = Callable[[Arena], Transport]
-MAKES: dict[str, Make] = {"shm": shm, "tcp": tcp}
+
+
+def faulty(target: Arena) -> Transport:
+    """With an empty plan it is what it wraps."""
+    return FaultyTransport(tcp(target), target, FaultPlan(), seed=1)
+
+
+MAKES: dict[str, Make] = {"shm": shm, "tcp": tcp, "faulty": faulty}
+if importlib.util.find_spec("nixl") is not None:
+    from kvasir.store.messenger.nixl import NixlTransport
+
+    MAKES["nixl"] = NixlTransport
 
 pytestmark = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
 
@@ -132,6 +145,26 @@ async def test_a_cancelled_read_writes_nothing_after_it_ended(make: Make) -> Non
         assert np.array_equal(it.target.memory, after), "and the next read is not disturbed"
 
 
+async def test_a_read_whose_deadline_is_over_says_so(make: Make) -> None:
+    spans = [SpanPair(slot, slot, 0, SLOT_BYTES) for slot in range(NUM_SLOTS)]
+    async with bed(make) as it:
+        with pytest.raises(TransferError) as raised:
+            await it.transport.read(it.peer, spans, deadline_s=soon(-1.0))
+        assert raised.value.cause == "stalled"
+
+
+async def test_a_closed_transport_ends_its_reads_and_takes_no_more(make: Make) -> None:
+    spans = [SpanPair(slot, slot, 0, SLOT_BYTES) for slot in range(NUM_SLOTS)]
+    async with bed(make) as it:
+        task = asyncio.create_task(it.transport.read(it.peer, spans, deadline_s=soon()))
+        await asyncio.sleep(0)
+        await it.transport.close()
+        (outcome,) = await asyncio.gather(task, return_exceptions=True)
+        assert outcome is None or isinstance(outcome, TransferError)
+        with pytest.raises(TransferError):
+            await it.transport.read(it.peer, spans, deadline_s=soon())
+
+
 async def test_no_bytes_are_no_work(make: Make) -> None:
     async with bed(make) as it:
         await it.transport.read(it.peer, [], deadline_s=soon())
@@ -140,5 +173,5 @@ async def test_no_bytes_are_no_work(make: Make) -> None:
 async def test_reaches_says_whether_there_is_a_path(make: Make) -> None:
     async with bed(make) as it:
         assert it.transport.reaches(it.peer)
-        elsewhere = msgspec.structs.replace(it.peer, host="another machine", tcp=None)
+        elsewhere = msgspec.structs.replace(it.peer, host="another machine", tcp=None, nixl=None)
         assert not it.transport.reaches(elsewhere)

@@ -65,7 +65,7 @@ def test_a_write_that_fails_says_so_and_the_older_block_is_not_claimed(tmp_path:
         faulty.plan = plan
         assert ssd.write(1, key_of(2), 0, block_of(2)) is FAILED
         faulty.plan = FaultPlan()
-        assert ssd.errors[error] == 1
+        assert ssd.errors[error] == 2, "the data, and the record that was to be erased"
         assert ssd.read(1, key_of(1), aligned(SLOT_BYTES)) is ABSENT
         assert ssd.read(1, key_of(2), aligned(SLOT_BYTES)) is ABSENT
         assert ssd.write(1, key_of(3), 0, block_of(3)) is OK, "it is well again"

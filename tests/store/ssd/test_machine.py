@@ -70,10 +70,13 @@ class SsdMachine(RuleBasedStateMachine):
         is_healthy = self.faulty.plan == FaultPlan()
         for place, outcome in zip(places, outcomes, strict=True):
             assert outcome is SsdOutcome.OK or not is_healthy
+            before = (self.must | self.may).get(place)
             self.must.pop(place, None)
             self.may.pop(place, None)
             if outcome is SsdOutcome.OK:
                 (self.must if is_healthy else self.may)[place] = numbers[place]
+            elif before is not None:
+                self.may[place] = before  # neither written nor erased: the next start may find it
 
     @rule(places=st.lists(PLACE, unique=True, min_size=1), wrong=st.booleans())
     def read(self, places: list[int], wrong: bool) -> None:
@@ -115,9 +118,8 @@ class SsdMachine(RuleBasedStateMachine):
             newest = {n for n in self.must.values() if list(possible.values()).count(n) == 1}
             assert {p for p, n in self.must.items() if n in newest} <= found.keys()
             self.must = {p: n for p, n in self.must.items() if p in found}
-            self.may = {p: n for p, n in self.may.items() if p in found}
-        else:
-            self.may = {p: int.from_bytes(block.key, "big") for p, block in found.items()}
+            assert all(found[p].key == key_of(n) for p, n in self.must.items())
+        self.may = {p: int.from_bytes(block.key, "big") for p, block in found.items() if p not in self.must}
 
     @rule(plan=FAULTS)
     def fall_ill(self, plan: FaultPlan) -> None:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import typer
 
 from kvasir.cli.bench.paper import paper
+from kvasir.cli.bench.pool import pool
 
 bench = typer.Typer(help="Redraw published results, and measure.", no_args_is_help=True)
 bench.command()(paper)
-
-
-@bench.callback()
-def _group() -> None:
-    """Keeps it a group while there is one command."""
+bench.command()(pool)

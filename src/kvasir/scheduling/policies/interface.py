@@ -44,3 +44,9 @@ def best_of(scores: Floats, candidate: Callable[[int], Candidate], why: str) -> 
     """The row with the least score, and the next best for the record; the first of equals is the lowest id."""
     rows = scores.argsort(kind="stable")[:NUM_RECORDED]
     return Choice(tuple([candidate(row) for row in rows.tolist()]), f"{why} among {len(scores)}")
+
+
+def best_of_few(scores: list[float], candidate: Callable[[int], Candidate], why: str) -> Choice:
+    """As `best_of`."""
+    rows = sorted(range(len(scores)), key=scores.__getitem__)[:NUM_RECORDED]
+    return Choice(tuple([candidate(row) for row in rows]), f"{why} among {len(scores)}")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from random import Random
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvasir.scheduling.policies.interface import Choice, best_of
+from kvasir.core.commands import Candidate
+from kvasir.scheduling.policies.interface import Choice, best_of, best_of_few
 from kvasir.scheduling.view import ClusterView, Floats
+
+if TYPE_CHECKING:
+    from kvasir.scheduling.few import FewView
 
 MARGIN = 0.9
 """A plan is in time when it is predicted to need at most this share of what is left until the first token is due."""
@@ -42,26 +48,57 @@ class Kvasir:
         alone = best_of(ttft_s, lambda row: makers[kinds[row]](row), "least TTFT of all plans")
         if view.max_stages == 1 or alone.chosen.ttft_s <= MARGIN * view.due_in_s:
             return alone
-        return self._pipeline(view, alone)
-
-    def _pipeline(self, view: ClusterView, alone: Choice) -> Choice:
-        """Twice as many stages until it is in time or does not get faster. A stage that decodes beside would slow all down."""
         prefills = view.prefills
         free_first = np.argsort(np.where(prefills.pace < 1.0, np.inf, prefills.wait_s), kind="stable")
-        best = alone.chosen
-        num_stages = 2
-        while num_stages <= min(view.max_stages, len(prefills)):
-            candidate = view.pipeline(free_first[:num_stages].tolist())
-            if candidate.ttft_s >= best.ttft_s or candidate.wait_s > IDLE * view.due_in_s:
-                break
-            best = candidate
-            if best.ttft_s <= MARGIN * view.due_in_s:
-                break
-            num_stages *= 2
-        if best is alone.chosen:
+        return _pipeline(view, alone, free_first.tolist())
+
+    def place_few(self, view: FewView) -> Choice | None:
+        """As `place`."""
+        plans = view.local_and_fetch_s()
+        ttft_s = [wait_s + min(plan) for wait_s, plan in zip(view.wait_s, plans, strict=True)]
+        ttft_s = _where_wanted_of_few(view, ttft_s)
+
+        def plan(row: int) -> Candidate:
+            local_s, fetch_s = plans[row]
+            return view.fetch(row, fetch_s) if fetch_s < local_s else view.local(row)
+
+        alone = best_of_few(ttft_s, plan, "least TTFT of all plans")
+        if view.max_stages == 1 or alone.chosen.ttft_s <= MARGIN * view.due_in_s:
             return alone
-        why = f"pipeline of {len(best.group)} stages, being late alone, among {len(prefills)}"
-        return Choice((best, *alone.candidates[:2]), why)
+        free_s = [math.inf if pace < 1.0 else wait_s for pace, wait_s in zip(view.pace, view.wait_s, strict=True)]
+        return _pipeline(view, alone, sorted(range(len(free_s)), key=free_s.__getitem__))
+
+
+def _pipeline(view: ClusterView | FewView, alone: Choice, free_first: list[int]) -> Choice:
+    """Twice as many stages until it is in time or does not get faster. A stage that decodes beside would slow all down."""
+    best = alone.chosen
+    num_stages = 2
+    while num_stages <= min(view.max_stages, len(free_first)):
+        candidate = view.pipeline(free_first[:num_stages])
+        if candidate.ttft_s >= best.ttft_s or candidate.wait_s > IDLE * view.due_in_s:
+            break
+        best = candidate
+        if best.ttft_s <= MARGIN * view.due_in_s:
+            break
+        num_stages *= 2
+    if best is alone.chosen:
+        return alone
+    why = f"pipeline of {len(best.group)} stages, being late alone, among {len(free_first)}"
+    return Choice((best, *alone.candidates[:2]), why)
+
+
+def _where_wanted_of_few(view: FewView, ttft_s: list[float]) -> list[float]:
+    """As `_where_wanted`."""
+    is_steady = [pace == 1.0 or seconds <= SLACK_HORIZON_S for pace, seconds in zip(view.pace, ttft_s, strict=True)]
+    if any(is_steady):
+        ttft_s = [seconds if steady else math.inf for seconds, steady in zip(ttft_s, is_steady, strict=True)]
+    exposed_s = view.transfer_s(view.num_prompt_tokens) - view.prefill_s(view.best_tokens)
+    if exposed_s > SMOOTH * view.tbt_s:
+        limit_s = MARGIN * view.due_in_s
+        stays = [i.info.role.can_decode and seconds <= limit_s for i, seconds in zip(view.prefillers, ttft_s, strict=True)]
+        if any(stays):
+            ttft_s = [seconds if stay else math.inf for seconds, stay in zip(ttft_s, stays, strict=True)]
+    return ttft_s
 
 
 def _where_wanted(view: ClusterView, ttft_s: Floats) -> Floats:

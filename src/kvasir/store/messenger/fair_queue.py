@@ -25,23 +25,26 @@ class FairQueue(Generic[Item]):
     def __init__(self) -> None:
         self._lines: dict[Priority, deque[Item]] = {priority: deque() for priority in Priority}
         self._turns = 0
+        self._count = 0
 
     def __len__(self) -> int:
-        return sum(map(len, self._lines.values()))
+        return self._count
 
     def add(self, item: Item) -> None:
         self._lines[item.priority].append(item)
+        self._count += 1
 
     def remove(self, item: Item) -> None:
         """Nothing happens when it is not here."""
         line = self._lines[item.priority]
         if item in line:
             line.remove(item)
+            self._count -= 1
 
     def next(self) -> Item | None:
-        waiting = [line for line in self._lines.values() if line]
-        if not waiting:
+        if not self._count:
             return None
+        waiting = [line for line in self._lines.values() if line]
         self._turns += 1
         line = waiting[-1 if self._turns % RELIEF == 0 else 0]
         line.rotate(-1)

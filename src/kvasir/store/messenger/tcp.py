@@ -56,7 +56,7 @@ class TcpTransport:
     ) -> None:
         """Write local spans into slots that the peer's TcpServer granted by this ticket; returns when the peer has all of them.
 
-        Raises TransferError. A push that failed or was cancelled may still go on for `depth` slices on each stream, with
+        Raises TransferError. A push that failed or was cancelled may still go on for `window_bytes` on each stream, with
         whatever the local slots hold by then: only the peer's `revoke` ends its writing for sure.
         """
         await self._run(peer, self._transfer(wire.Op.PUT, peer, spans, priority, on_part, ticket), deadline_s)
@@ -92,15 +92,13 @@ class TcpTransport:
         if not transfer.has_more:
             return
         path = self._path(peer)
+        timer = asyncio.get_running_loop().call_at(deadline_s, path.give_up, transfer)
         try:
-            async with asyncio.timeout_at(deadline_s):
-                await path.open_streams(self._limits.streams if transfer.is_long else 1)
-                path.add(transfer)
-                await transfer.done
-        except TimeoutError:
-            path.give_up(transfer)
-            raise TransferError(f"transfer with {path.peer} outlived its deadline", cause="stalled") from None
+            await path.open_streams(self._limits.streams if transfer.is_long else 1, deadline_s)
+            path.add(transfer)
+            await transfer.done
         finally:
+            timer.cancel()
             path.abandon(transfer)
 
     def _path(self, peer: PeerArena) -> Path:

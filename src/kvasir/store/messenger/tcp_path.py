@@ -24,15 +24,16 @@ SCRATCH_BYTES = 256 << 10
 class TcpLimits:
     """How a TcpTransport uses its connections.
 
-    `streams` connections to a peer at most; slices of `slice_bytes`, `depth` of them asked for at a time on each stream, so
-    that the wire is never idle between two; `max_queued` transfers wait for one peer at most. A connection is given up when
+    `streams` connections to a peer at most, each with slices of up to `slice_bytes`. More slices are asked for on a stream
+    while less than `window_bytes` are on their way, so that the wire is not idle between small ones; the window is also what
+    a hand-off may have to wait for. `max_queued` transfers wait for one peer at most. A connection is given up when
     connecting takes `connect_s`, when nothing moves for `stall_s` to twice that although something should, or after `idle_s`
     of rest.
     """
 
     streams: int = 2
-    slice_bytes: int = 1 << 20
-    depth: int = 2
+    slice_bytes: int = 4 << 20
+    window_bytes: int = 4 << 20
     max_queued: int = 1024
     connect_s: float = 2.0
     stall_s: float = 2.0
@@ -61,29 +62,38 @@ class Path:
     def is_unused(self) -> bool:
         return not self._streams and not self._queue and not self._opening.locked()
 
-    async def open_streams(self, wanted: int) -> None:
-        """Have so many connections, or at least one. Raises TransferError when there is none."""
+    async def open_streams(self, wanted: int, deadline_s: float) -> None:
+        """Have so many connections, or at least one. Raises TransferError when there is none in time."""
         if len(self._streams) >= wanted:
             return
-        async with self._opening:
-            while len(self._streams) < wanted:
-                try:
-                    sock = await self._connect()
-                except TransferError:
-                    if self._streams:
-                        return
-                    raise
-                self._streams.append(
-                    _Stream(sock, self._views, self._scratch, peer=self.peer, ended=self._on_ended, free=self._pump)
-                )
+        try:
+            async with asyncio.timeout_at(deadline_s), self._opening:
+                await self._open_streams(wanted)
+        except TimeoutError:
+            raise TransferError(f"{self.peer} does not answer", cause="stalled") from None
+
+    async def _open_streams(self, wanted: int) -> None:
+        while len(self._streams) < wanted:
+            try:
+                sock = await self._connect()
+            except TransferError:
+                if self._streams:
+                    return
+                raise
+            stream = _Stream(sock, self._views, self._scratch, peer=self.peer, ended=self._on_ended, free=self._pump)
+            self._streams.append(stream)
 
     def add(self, transfer: Transfer) -> None:
         if not self._streams:
             raise TransferError(f"{self.peer} closed its connections", cause="cut")
         if len(self._queue) >= self._limits.max_queued:
             raise TransferError(f"{len(self._queue)} transfers wait for {self.peer}; no more are taken", cause="refused")
+        stream = min(self._streams, key=_nbytes)
+        if not self._queue and not transfer.is_long and stream.nbytes < self._limits.window_bytes:
+            stream.start(transfer, transfer.take())  # the short way of a short transfer
+            return
         self._queue.add(transfer)
-        for stream in sorted(self._streams, key=_num_flights):
+        for stream in sorted(self._streams, key=_nbytes):
             self._pump(stream)
 
     def abandon(self, transfer: Transfer) -> None:
@@ -95,7 +105,8 @@ class Path:
             transfer.done.exception()  # marks it as seen
 
     def give_up(self, transfer: Transfer) -> None:
-        """Its deadline is over: close the connections on which nothing moved for its slices, the next transfer needs others."""
+        """Its deadline is over: end it, and close connections on which nothing moved for it, as the next one needs others."""
+        transfer.fail(TransferError(f"transfer with {self.peer} outlived its deadline", cause="stalled"))
         for stream in [stream for stream in self._streams if stream.is_stuck_with(transfer)]:
             stream.lose(TransferError(f"{self.peer} stopped sending", cause="stalled"))
 
@@ -150,7 +161,7 @@ class Path:
 
     def _pump(self, stream: _Stream) -> None:
         """Send slices until the stream has as many on their way as it may."""
-        while stream.is_open and len(stream.flights) < self._limits.depth:
+        while self._queue and stream.is_open and stream.nbytes < self._limits.window_bytes:
             transfer = self._queue.next()
             if transfer is None:
                 return
@@ -196,6 +207,7 @@ class _Stream:
         free: Callable[[_Stream], None],
     ):
         self.flights: deque[_Flight] = deque()
+        self.nbytes = 0
         self.idle_ticks = 0
         self._views = views
         self._scratch = scratch
@@ -217,6 +229,7 @@ class _Stream:
         self._number = (self._number + 1) & 0xFFFFFFFF
         flight = _Flight(transfer, piece, self._number)
         self.flights.append(flight)
+        self.nbytes += piece.nbytes
         if len(self.flights) == 1:
             self._expect_answer()
         request = wire.pack_request(transfer.op, flight.number, piece.pieces, piece.nbytes, transfer.ticket)
@@ -266,6 +279,7 @@ class _Stream:
             self.lose(error)
             return
         self.flights.popleft()
+        self.nbytes -= flight.piece.nbytes
         self._expect_answer()
         if not flight.is_abandoned:
             flight.transfer.arrive(flight.piece)
@@ -275,5 +289,5 @@ class _Stream:
         self._ended(self, error)
 
 
-def _num_flights(stream: _Stream) -> int:
-    return len(stream.flights)
+def _nbytes(stream: _Stream) -> int:
+    return stream.nbytes

@@ -4,8 +4,8 @@
 record's, and so must be the checksum over what was read. So nothing has to reach the disk in order, nothing is flushed, and
 neither a kill at any moment nor a power cut can do worse than lose blocks:
 
-    write:  erase the record ─▶ the data, direct ─▶ the record     a kill between: the place is empty
-    power cut: any of the last seconds' sectors are missing       a record without its data: the checksum says so at the read
+    write: the data, direct ─▶ the record     a kill between: the older record stays, and its checksum fails at the read
+    power cut: any sectors of the last seconds are missing: a checksum fails, or the block is not in the table
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ from kvasir.store.ssd.requests import SsdOutcome, SsdRead, SsdWrite, require_val
 MAX_RUN = 256
 """Places in one system call: two buffers each, of the 1024 that the kernel takes."""
 
-_LOG = structlog.get_logger().bind(part="ssd")
-
 
 def open_ssd(
     directory: Path | str,
@@ -58,9 +56,10 @@ def open_ssd(
     plan = SsdPlan(Path(directory), num_slots, slot_bytes, identity, replace_other)
     system = ops if ops is not None else SystemFiles()
     ssd = SsdFile(open_files(plan, system, try_direct=try_direct), plan, system)
-    _LOG.info("SSD open", path=str(plan.data_path), slots=num_slots, found=len(ssd.recover()), is_direct=ssd.is_direct)
+    log = structlog.get_logger().bind(part="ssd")
+    log.info("SSD open", path=str(plan.data_path), slots=num_slots, found=len(ssd.recover()), is_direct=ssd.is_direct)
     if not ssd.is_direct:
-        _LOG.warning("no direct I/O here: the SSD goes through the page cache and is slower", path=str(plan.data_path))
+        log.warning("no direct I/O here: the SSD goes through the page cache and is slower", path=str(plan.data_path))
     return ssd
 
 
@@ -76,6 +75,7 @@ class SsdFile:
         self.slot_bytes = plan.slot_bytes
         self.is_direct = files.is_direct
         self.errors: Counter[str] = Counter()
+        self._log = structlog.get_logger().bind(part="ssd")
         self._files = files
         self._ops = ops
         self._records = _without_older_copies(files.records)
@@ -116,13 +116,21 @@ class SsdFile:
     def write_many(self, writes: Sequence[SsdWrite]) -> list[SsdOutcome]:
         """One outcome for each; neighbouring places go out in one system call. Raises PoolError for what makes no sense."""
         self.require_valid(writes)
-        with self._in_use():
-            outcomes = {w.ssd_slot: outcome for run in runs(writes, MAX_RUN) for w, outcome in self._write_run(run)}
-        return [outcomes[write.ssd_slot] for write in writes]
+        return self.write_valid(writes)
 
     def read_many(self, reads: Sequence[SsdRead]) -> list[SsdOutcome]:
         """One outcome for each; neighbouring places come in one system call. Raises PoolError for what makes no sense."""
         self.require_valid(reads)
+        return self.read_valid(reads)
+
+    def write_valid(self, writes: Sequence[SsdWrite]) -> list[SsdOutcome]:
+        """`write_many` of different places that `require_valid` has seen."""
+        with self._in_use():
+            outcomes = {w.ssd_slot: outcome for run in runs(writes, MAX_RUN) for w, outcome in self._write_run(run)}
+        return [outcomes[write.ssd_slot] for write in writes]
+
+    def read_valid(self, reads: Sequence[SsdRead]) -> list[SsdOutcome]:
+        """`read_many` of different places that `require_valid` has seen."""
         expected = {read.ssd_slot: record for read in reads if (record := self._record_of(read)) is not None}
         outcomes = {read.ssd_slot: SsdOutcome.ABSENT for read in reads}
         with self._in_use():
@@ -152,27 +160,22 @@ class SsdFile:
                     yield from self._write_run([write])
                 return
             self._note(error, "write", run[0].ssd_slot)
+            self._erase(run[0].ssd_slot)
             yield run[0], SsdOutcome.FAILED
             return
         yield from ((write, SsdOutcome.OK) for write in run)
 
     def _try_write(self, run: Sequence[SsdWrite]) -> None:
-        self._erase_run(run)
+        first = run[0].ssd_slot
+        self._records[first : first + len(run)] = [None] * len(run)
         pieces = [pieces_to_write(write.data) for write in run]
         records = [Record(w.key, next(self._sequence), data_check_of(w.data), w.depth) for w in run]
-        first = run[0].ssd_slot
         write_whole(self._ops, self._files.data_fd, _views(pieces), self._offset(first), unit=self._unit)
         if not self.is_direct:
             self._ops.sync(self._files.data_fd)  # or the page cache would hold what the arena holds, up to its limit
         self._forget_pages(run)
         self._write_records(first, [r.packed(self._files.file_id, first + i) for i, r in enumerate(records)])
         self._records[first : first + len(run)] = records
-
-    def _erase_run(self, run: Sequence[SsdWrite]) -> None:
-        first = run[0].ssd_slot
-        if any(record is not None for record in self._records[first : first + len(run)]):
-            self._records[first : first + len(run)] = [None] * len(run)
-            self._write_records(first, [EMPTY_RECORD] * len(run))
 
     def _write_records(self, first: int, packed: Sequence[bytes]) -> None:
         write_whole(self._ops, self._files.table_fd, [memoryview(b"".join(packed))], record_offset(first))
@@ -206,7 +209,7 @@ class SsdFile:
             return SsdOutcome.OK
         if self._records[read.ssd_slot] is record:  # else a write came between, which the caller should not have let
             self._erase(read.ssd_slot)
-        _LOG.warning("a block on the SSD is corrupt and dropped", ssd_slot=read.ssd_slot, key=read.key.hex())
+        self._log.warning("a block on the SSD is corrupt and dropped", ssd_slot=read.ssd_slot, key=read.key.hex())
         return SsdOutcome.CORRUPT
 
     # --- both --------------------------------------------------------------------------------------------------
@@ -253,7 +256,7 @@ class SsdFile:
             self.errors[name] += 1
             count = self.errors[name]
         if count & (count - 1) == 0:
-            _LOG.warning("SSD error", operation=what, ssd_slot=place, error=name, count=count)
+            self._log.warning("SSD error", operation=what, ssd_slot=place, error=name, count=count)
 
 
 def _views(pieces: Sequence[Pieces]) -> list[memoryview]:

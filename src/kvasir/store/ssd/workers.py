@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
@@ -21,57 +20,19 @@ import structlog
 
 from kvasir.core.keys import BlockKey
 from kvasir.store.ssd.buffers import Bytes
+from kvasir.store.ssd.figures import SsdQueues, SsdStats
 from kvasir.store.ssd.file import SsdFile
 from kvasir.store.ssd.lanes import Job, Lane, OnDone
 from kvasir.store.ssd.requests import Request, SsdOutcome, SsdRead, SsdWrite
 
 SPARE_THREADS = 1
-"""Beyond the depth: when that many writes are under way, a read starts nevertheless."""
+"""When as many writes are under way as may be, a read starts nevertheless."""
+
+WORTHWHILE_BYTES = 512 << 10
+"""Neighbours are taken together up to here even if threads idle: smaller operations cost more processor than they win."""
 
 SWEEP_S = 0.05
 """Late requests are told so within this time."""
-
-_LOG = structlog.get_logger().bind(part="ssd")
-
-
-@dataclass(frozen=True, slots=True)
-class SsdQueues:
-    """How much is under way and waits at most."""
-
-    depth: int = 8
-    """Operations that the disk is given at a time, in each direction."""
-    max_reads: int = 8192
-    """Blocks that wait: a prompt of 512k tokens in blocks of 64."""
-    max_writes: int = 256
-    max_merged_bytes: int = 4 << 20
-    """Bytes of neighbouring blocks in one operation."""
-
-
-@dataclass(frozen=True, slots=True)
-class SsdStats:
-    """Counts since the start in operations, blocks by their outcome, and the state now.
-
-    `*_busy_s` are seconds with an operation under way, `*_bytes_per_s` moving averages over them (None before the first).
-    `oldest_s` is how long the oldest operation under way has been there: seconds on a disk that hangs.
-    """
-
-    read_operations: int
-    write_operations: int
-    read_bytes: int
-    write_bytes: int
-    read_busy_s: float
-    write_busy_s: float
-    read_bytes_per_s: float | None
-    write_bytes_per_s: float | None
-    read_outcomes: dict[SsdOutcome, int]
-    write_outcomes: dict[SsdOutcome, int]
-    queued_reads: int
-    queued_writes: int
-    reads_in_flight: int
-    writes_in_flight: int
-    oldest_s: float
-    errors: dict[str, int]
-    is_direct: bool
 
 
 class SsdWorkers:
@@ -84,17 +45,19 @@ class SsdWorkers:
     def __init__(self, file: SsdFile, queues: SsdQueues | None = None):
         self._file = file
         self._queues = queues = queues if queues is not None else SsdQueues()
+        self._log = structlog.get_logger().bind(part="ssd")
         self._loop = asyncio.get_running_loop()
-        self._reads: Lane[SsdRead] = Lane(queues.max_reads, file.read_many)
-        self._writes: Lane[SsdWrite] = Lane(queues.max_writes, file.write_many)
+        self._reads: Lane[SsdRead] = Lane(queues.max_reads, file.read_valid)
+        self._writes: Lane[SsdWrite] = Lane(queues.max_writes, file.write_valid)
         self._changed = threading.Condition()
         self._closing = False
         self._began: dict[int, float] = {}
         self._done: list[tuple[OnDone, SsdOutcome]] = []
+        self._is_waking = False
         self._sweep: asyncio.TimerHandle | None = None
         self._ended = asyncio.Event()
         self._threads = [
-            threading.Thread(target=self._work, name=f"ssd-{i}", daemon=True) for i in range(queues.depth + SPARE_THREADS)
+            threading.Thread(target=self._work, name=f"ssd-{i}", daemon=True) for i in range(queues.under_way + SPARE_THREADS)
         ]
         for thread in self._threads:
             thread.start()
@@ -179,7 +142,7 @@ class SsdWorkers:
                 await self._ended.wait()
         except TimeoutError:
             self._drop_all()
-            _LOG.warning("SSD operations do not end", in_flight=len(self._began), waited_s=timeout_s)
+            self._log.warning("SSD operations do not end", in_flight=len(self._began), waited_s=timeout_s)
             return False
         return True
 
@@ -193,10 +156,18 @@ class SsdWorkers:
             room = 0 if self._closing else max(0, lane.limit - len(lane.queue))
             lane.queue.extend(jobs[:room])
             lane.outcomes[SsdOutcome.DROPPED] += len(jobs[room:])
-            self._changed.notify(min(room, len(jobs)))
+        if not self._is_waking:
+            self._is_waking = True
+            self._loop.call_soon(self._wake)
         self._tell_dropped([job.on_done for job in jobs[room:]])
         if jobs[0].deadline_s is not None and self._sweep is None:
             self._sweep = self._loop.call_at(jobs[0].deadline_s, self._drop_late)
+
+    def _wake(self) -> None:
+        """At the end of the loop's turn, when all that it brought is queued: neighbours are then taken together."""
+        self._is_waking = False
+        with self._changed:
+            self._changed.notify(len(self._reads.queue) + len(self._writes.queue))
 
     def _drop_late(self) -> None:
         """Also when every thread hangs in the disk."""
@@ -248,19 +219,18 @@ class SsdWorkers:
         return True
 
     def _begin_next(self) -> Callable[[], None] | None:
-        if self._reads.queue and self._reads.meter.in_flight < self._queues.depth:
+        if self._reads.queue and self._reads.meter.in_flight < self._queues.under_way:
             return partial(self._carry_out, self._reads, self._begin(self._reads))
         if self._writes.queue and self._writes.meter.in_flight < self._max_writes_now():
             return partial(self._carry_out, self._writes, self._begin(self._writes))
         return None
 
     def _max_writes_now(self) -> int:
-        return 1 if self._reads.queue or self._reads.meter.in_flight else self._queues.depth
+        return 1 if self._reads.queue or self._reads.meter.in_flight else self._queues.under_way
 
     def _begin(self, lane: Lane[Request]) -> list[Job[Request]]:
-        """Take as much as others leave: merging must not make the disk's queue shorter."""
-        free = self._queues.depth - lane.meter.in_flight
-        fair = -(-len(lane.queue) // free)
+        """Take a fair share, so that merging does not make the disk's queue shorter; of small blocks more than that."""
+        fair = max(-(-len(lane.queue) // self._queues.depth), WORTHWHILE_BYTES // self._file.slot_bytes)
         jobs = lane.take(max(1, min(fair, self._queues.max_merged_bytes // self._file.slot_bytes)))
         now = self._loop.time()
         lane.meter.started(now)
@@ -296,14 +266,14 @@ class SsdWorkers:
         try:
             return lane.perform([job.request for job in jobs])
         except Exception:  # the thread's outermost loop: whatever it was, the request must be answered and the thread live on
-            _LOG.exception("SSD operation failed")
+            self._log.exception("SSD operation failed")
             return [SsdOutcome.FAILED] * len(jobs)
 
     def _call_loop(self, callback: Callable[[], None]) -> None:
         try:
             self._loop.call_soon_threadsafe(callback)
         except RuntimeError:
-            _LOG.debug("an SSD operation ended after its event loop")
+            self._log.debug("an SSD operation ended after its event loop")
 
 
 class _Together:

@@ -1,0 +1,82 @@
+"""Redis over TCP loopback from a raw socket, the fastest client: `python -m benchmarks.peers.redis_transfer [MIB]`."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from benchmarks.peers import timing
+from benchmarks.peers.mooncake_store import wait_for_port
+from benchmarks.peers.timing import KIB, SIZES
+
+PORT = 16479
+
+
+def main() -> None:
+    nbytes = timing.working_set()
+    memory = memoryview(timing.warm(nbytes).data).cast("B")
+    with server(), socket.create_connection(("127.0.0.1", PORT), timeout=timing.WAIT_S) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        speeds: dict[str, float] = {}
+        for _ in range(2):
+            for size in SIZES:
+                for name, width in (("", 1), ("_batch16", timing.BATCH)):
+                    speeds[f"put{name} {size // KIB} KiB"] = round(
+                        timing.speed(partial(put, sock, memory), nbytes, size, width), 3
+                    )
+                    speeds[f"get{name} {size // KIB} KiB"] = round(
+                        timing.speed(partial(get, sock, memory), nbytes, size, width), 3
+                    )
+                sock.sendall(b"FLUSHALL\r\n")
+                expect(sock, b"+OK\r\n")
+        timing.print_line(speeds)
+
+
+def put(sock: socket.socket, memory: memoryview, offsets: list[int], size: int) -> None:
+    for at in offsets:
+        sock.sendall(b"*3\r\n$3\r\nSET\r\n$16\r\n%016d\r\n$%d\r\n" % (at, size))
+        sock.sendall(memory[at : at + size])
+        sock.sendall(b"\r\n")
+    for _ in offsets:
+        expect(sock, b"+OK\r\n")
+
+
+def get(sock: socket.socket, memory: memoryview, offsets: list[int], size: int) -> None:
+    sock.sendall(b"".join(b"*2\r\n$3\r\nGET\r\n$16\r\n%016d\r\n" % at for at in offsets))
+    for at in offsets:
+        expect(sock, b"$%d\r\n" % size)
+        receive(sock, memory[at : at + size])
+        expect(sock, b"\r\n")
+
+
+def expect(sock: socket.socket, answer: bytes) -> None:
+    got = bytearray(len(answer))
+    receive(sock, memoryview(got))
+    if got != answer:
+        raise RuntimeError(f"Redis answered {bytes(got)!r}")
+
+
+def receive(sock: socket.socket, into: memoryview) -> None:
+    while into.nbytes:
+        got = sock.recv_into(into, into.nbytes, socket.MSG_WAITALL)
+        if not got:
+            raise EOFError("Redis hung up")
+        into = into[got:]
+
+
+@contextmanager
+def server() -> Iterator[None]:
+    command = ["redis-server", "--port", str(PORT), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_for_port(PORT)
+            yield
+        finally:
+            process.terminate()
+
+
+if __name__ == "__main__":
+    main()
