@@ -21,9 +21,9 @@ KEYS = tuple(number.to_bytes(16, "big") for number in range(256))
 SIZES = [300, 4_000, 30_000, 131_000]
 
 
-def said(decode: str, slo: Slo | ScaledSlo, arrivals: list[tuple[int, int, bool]]) -> list[list[Command]]:
+def said(policy: str, decode: str, slo: Slo | ScaledSlo, arrivals: list[tuple[int, int, bool]]) -> list[list[Command]]:
     """What a conductor of six instances says: each arrival is a size, a place in the order of nodes, whether it finishes."""
-    rules = replace(strategy("kvasir"), decode=decode)
+    rules = replace(strategy(policy), decode=decode)
     conductor = rules.conductor(CONFIG, reference_cost(), slo, Random(0))
     roles = (Role.PREFILL, Role.MIXED, Role.DECODE) * 2
     infos = [InstanceInfo(f"i{index}", role, f"n{index}", 1, 400_000, 16) for index, role in enumerate(roles)]
@@ -48,17 +48,18 @@ def said(decode: str, slo: Slo | ScaledSlo, arrivals: list[tuple[int, int, bool]
 ARRIVALS = st.lists(st.tuples(st.integers(0, len(SIZES) - 1), st.integers(0, 5), st.booleans()), min_size=1, max_size=40)
 
 
+@pytest.mark.parametrize("policy", ["kvasir", "mooncake", "local"])
 @pytest.mark.parametrize("decode", ["least-expected-tbt", "least-tbt", "stay"])
 @pytest.mark.parametrize("slo", [Slo(), ScaledSlo()])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(arrivals=ARRIVALS)
 def test_a_few_instances_get_what_they_would_get_among_many(
-    decode: str, slo: Slo | ScaledSlo, arrivals: list[tuple[int, int, bool]]
+    policy: str, decode: str, slo: Slo | ScaledSlo, arrivals: list[tuple[int, int, bool]]
 ) -> None:
     arrivals = [
         (size, sum(gap for _, gap, _ in arrivals[: place + 1]), ends) for place, (size, gap, ends) in enumerate(arrivals)
     ]
-    few = said(decode, slo, arrivals)
+    few = said(policy, decode, slo, arrivals)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placer, "FEW", 0)
-        assert said(decode, slo, arrivals) == few
+        assert said(policy, decode, slo, arrivals) == few

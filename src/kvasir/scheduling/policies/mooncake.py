@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from random import Random
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvasir.scheduling.policies.interface import Choice, best_of
+from kvasir.scheduling.policies.interface import Choice, best_of, best_of_few
 from kvasir.scheduling.view import ClusterView
+
+if TYPE_CHECKING:
+    from kvasir.core.commands import Candidate
+    from kvasir.scheduling.few import FewView
 
 BALANCING_THRESHOLD = 4.0
 """Fetch when the best prefix is more than this many times the own. The paper tunes it by hand and gives no value; at 4 a
@@ -32,3 +37,18 @@ class Mooncake:
         fetches = is_short & (view.fetch_s < view.own_s)
         ttft_s = view.prefills.wait_s + np.where(fetches, view.fetch_s, view.own_s)
         return best_of(ttft_s, lambda row: view.fetch(row) if fetches[row] else view.own(row), "least TTFT by Algorithm 1")
+
+    def place_few(self, view: FewView) -> Choice | None:
+        """As `place`."""
+        plans = view.local_and_fetch_s()
+        fetches = [
+            view.best_tokens > self.balancing_threshold * prefix and fetch_s < local_s
+            for prefix, (local_s, fetch_s) in zip(view.prefix_tokens, plans, strict=True)
+        ]
+        rows = zip(view.wait_s, plans, fetches, strict=True)
+        ttft_s = [wait_s + (fetch_s if fetch else local_s) for wait_s, (local_s, fetch_s), fetch in rows]
+
+        def plan(row: int) -> Candidate:
+            return view.fetch(row, plans[row][1]) if fetches[row] else view.local(row)
+
+        return best_of_few(ttft_s, plan, "least TTFT by Algorithm 1")
