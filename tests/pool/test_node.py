@@ -21,6 +21,7 @@ from kvasir.core.pool_events import (
     OwnerLost,
     PoolAnswer,
     PoolTick,
+    PutBlocks,
     PutEnd,
     PutRevoke,
     PutStart,
@@ -31,6 +32,7 @@ from kvasir.core.pool_events import (
     Stored,
 )
 from kvasir.pool.node import PoolNode
+from kvasir.pool.policies import EVICTIONS
 
 A, B, C, D = (bytes([c]) * 16 for c in b"ABCD")
 
@@ -59,6 +61,9 @@ class Hand:
     def put(self, lease: str, **blocks: int) -> list[PoolAnswer]:
         keyed = tuple(KeyedSlot(name.encode() * 16, slot) for name, slot in blocks.items())
         return self.node.handle(PutEnd(self.owner, self.epoch, lease, keyed), 0.0)
+
+    def put_at_once(self, lease: str, *keys: bytes) -> list[PoolAnswer]:
+        return self.node.handle(PutBlocks(self.owner, self.epoch, lease, keys), 0.0)
 
     def revoke(self, *slots: int) -> list[PoolAnswer]:
         return self.node.handle(PutRevoke(self.owner, self.epoch, slots), 0.0)
@@ -374,3 +379,42 @@ def test_dropped_blocks_are_gone_unless_they_are_leased(node: PoolNode, p: Hand)
     assert node.handle(Clear("p", 1), 0.0) == [Removed((C,), "cleared")]
     assert node.inventory() == (A,)
     assert refusal(node.handle(Clear("p", 0), 0.0)) == "stale_epoch"
+
+
+def test_blocks_put_at_once_are_reserved_and_published_by_one_event(node: PoolNode, p: Hand, d: Hand) -> None:
+    p.lease("x")
+    assert p.put_at_once("x", A, B) == [Reserved((0, 1)), Stored((A, B))]
+    d.lease("y")
+    assert d.put_at_once("y", A, C) == [Reserved((2, 3)), Stored((C,))]  # A is published already: its copy stays private
+    p.release("x")
+    d.release("y")
+    assert node.inventory() == (A, B, C)
+
+
+def test_blocks_put_at_once_get_the_room_that_there_is(p: Hand, d: Hand) -> None:
+    p.lease("x")
+    p.put_at_once("x", A, B, C)
+    d.lease("y")
+    assert d.put_at_once("y", D, D[:8] + A[:8]) == [Reserved((3,)), Stored((D,))]
+    assert d.put_at_once("y", D[:8] + A[:8]) == [Reserved(())]
+    p.release("x")
+    assert d.put_at_once("y", D[:8] + A[:8]) == [Removed((C,), "evicted"), Reserved((2,)), Stored((D[:8] + A[:8],))]
+
+
+@pytest.mark.parametrize("policy", EVICTIONS)
+def test_a_block_named_twice_is_put_once(policy: str) -> None:
+    node = PoolNode(4, EVICTIONS[policy](lambda depth: 1.0 + depth))
+    p = Hand(node, "p")
+    p.lease("x")
+    assert p.put_at_once("x", A, A, B) == [Reserved((0, 1, 2)), Stored((A, B))]
+    p.release("x")
+    node.check()
+    p.lease("y", A, B)
+    p.release("y")
+    node.check()
+    assert node.inventory() == (A, B)
+
+
+def test_nothing_is_put_at_once_under_the_lease_of_another(p: Hand, d: Hand) -> None:
+    p.lease("x")
+    assert refusal(d.put_at_once("x", A)) == "unknown_lease"

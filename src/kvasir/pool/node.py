@@ -4,7 +4,7 @@
                           │  └─OfferLease─▶ private ──PutEnd──▶ published
                           └──PutRevoke, owner died──▶ free
 
-Blocks of another node: free ──FetchStart──▶ fetching ──FetchDone──▶ reserved. With an SSD (pool/ssd.py), likewise:
+PutBlocks is PutStart and PutEnd in one. Blocks of another node: free ──FetchStart──▶ fetching ──FetchDone──▶ reserved. With an SSD (pool/ssd.py), likewise:
 free ──LoadStart──▶ loading ──LoadDone──▶ reserved, and a published slot that is evicted while a Spill reads it is free only
 at its SpillDone.
 

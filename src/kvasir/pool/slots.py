@@ -112,15 +112,19 @@ class SlotTable:
         """Unpin the blocks of one sequence, given in order of depth; the deepest become idle first."""
         pins, table = self.pins, self._blocks
         deepest = len(slots) - 1
-        for slot in slots:
+        idle: list[int] = []
+        blocks: list[Block] = []
+        for slot in reversed(slots):
             block = table[slot]
             assert block is not None, "a pinned block is published"
             if block.deepest < deepest:
                 block.deepest = deepest
-            pins[slot] -= 1
-        idle = [slot for slot in reversed(slots) if not pins[slot]]
+            pins[slot] = left = pins[slot] - 1
+            if not left:
+                idle.append(slot)
+                blocks.append(block)
         if idle:
-            self._idle.add(idle, [table[slot] for slot in idle], now)  # type: ignore[misc]  # as above
+            self._idle.add(idle, blocks, now)
 
     def forget(self, keys: Iterable[BlockKey], now: float) -> list[BlockKey]:
         """Free the slots of those of `keys` that are published and not pinned; which they were."""
