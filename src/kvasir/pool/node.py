@@ -4,9 +4,9 @@
                           │  └─OfferLease─▶ private ──PutEnd──▶ published
                           └──PutRevoke, owner died──▶ free
 
-PutBlocks is PutStart and PutEnd in one. Blocks of another node: free ──FetchStart──▶ fetching ──FetchDone──▶ reserved. With an SSD (pool/ssd.py), likewise:
-free ──LoadStart──▶ loading ──LoadDone──▶ reserved, and a published slot that is evicted while a Spill reads it is free only
-at its SpillDone.
+PutBlocks is PutStart and PutEnd in one. Blocks of another node: free ──FetchStart──▶ fetching ──FetchDone──▶ reserved. With an
+SSD (pool/ssd.py), likewise: free ──LoadStart──▶ loading ──LoadDone──▶ reserved, and a published slot that is evicted while a
+Spill reads it is free only at its SpillDone.
 
 Everything is validated before anything is changed, so a Refused event leaves no trace. Blocks are released deepest first, and
 a lease pins every published block of its sequence, so an evictor that honours the order never strands a suffix.
