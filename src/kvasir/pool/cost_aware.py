@@ -19,7 +19,7 @@ from itertools import groupby
 from kvasir.costs.model import CostModel
 from kvasir.pool.eviction import Block
 from kvasir.pool.ghosts import Ghosts
-from kvasir.pool.reuse import MAX_CLASS, SAMPLE, ReuseRates
+from kvasir.pool.reuse import AGES, MAX_CLASS, SAMPLE, TICKS_PER_SECOND, ReuseRates
 
 BlockSeconds = Callable[[int], float]
 """Seconds to compute block `depth` of a sequence when all before it is in place; never less for a deeper one."""
@@ -175,11 +175,12 @@ class CostAware:
 
     def _heads(self, now: float) -> list[tuple[float, int]]:
         """The worths of the heads of classes, best first."""
-        heads, rate = [], self._rates.rate
+        heads, table = [], self._rates.table
         for class_, runs in enumerate(self._classes):
             if runs:
-                age_s = now - next(iter(runs.values())).since
-                heads.append((rate(_USES_CLASS[class_], age_s) * _RELATIVE_COST[class_], class_))
+                octave = int((now - next(iter(runs.values())).since) * TICKS_PER_SECOND).bit_length()  # as ReuseRates.rate
+                rate = table[_USES_CLASS[class_]][octave if octave < AGES else -1]
+                heads.append((rate * _RELATIVE_COST[class_], class_))
         heads.sort(reverse=True)
         return heads
 
