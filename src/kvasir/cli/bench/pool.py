@@ -75,12 +75,8 @@ def _measured(directory: Path, rounds: int, less: int, console: Console) -> dict
     found["tcp_put_over_socket"] = over["tcp_put_over_socket"]
     found["tcp_get_over_socket"] = over["tcp_get_over_socket"]
     found["shm_read_over_memcpy"] = over["shm_get_over_memcpy"]
-    with console.status("the SSD tier"), _scratch(directory) as scratch:
-        figures = measure_ssd(scratch, turns=rounds, file_bytes=512 * MIB // less)
-    for direction in ("write", "read"):
-        found[f"ssd_{direction}_over_direct"] = {
-            _size(figure.block_bytes): round(figure.over_direct, 3) for figure in figures if figure.direction == direction
-        }
+    with console.status("the SSD tier"):
+        found |= _ssd(directory, rounds, less)
     with console.status("the index of blocks"):
         index = measure_directory(blocks=1_000_000 // less)
     found |= {
@@ -95,6 +91,21 @@ def _measured(directory: Path, rounds: int, less: int, console: Console) -> dict
         for name, rates in (("pool put", s.put), ("pool get", s.get))
     }
     return found
+
+
+def _ssd(directory: Path, rounds: int, less: int) -> dict[str, Any]:
+    """Ratios by direction and block size, or why there are none: without direct I/O there is nothing to compare with."""
+    try:
+        with _scratch(directory) as scratch:
+            figures = measure_ssd(scratch, turns=rounds, file_bytes=512 * MIB // less)
+    except ConfigError as error:
+        return {"ssd_not_measured": str(error)}
+    return {
+        f"ssd_{direction}_over_direct": {
+            _size(figure.block_bytes): round(figure.over_direct, 3) for figure in figures if figure.direction == direction
+        }
+        for direction in ("write", "read")
+    }
 
 
 @contextmanager
@@ -135,5 +146,7 @@ def _show(found: dict[str, Any]) -> None:
         f"index of blocks, 64 nodes: match of 2,048 keys {found['match_us']} us, insert {found['insert_us']} us a block,"
         f" remove {found['remove_us']} us, {found['bytes_per_entry']} bytes an entry"
     )
+    if (reason := found.get("ssd_not_measured")) is not None:
+        console.print(f"the SSD tier was not measured: {reason}")
     for name, speeds in found.get("peers_gb_per_s", {}).items():
         console.print(f"{name}: {speeds}")

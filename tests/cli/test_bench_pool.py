@@ -1,0 +1,49 @@
+"""`kvasir bench pool` measures what it says, of everything that it names."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from kvasir.cli.bench.pool_memory import KIB, measure_directory, measure_pool
+from kvasir.cli.bench.pool_transfer import measure
+from kvasir.cli.main import make_app
+from kvasir.core.errors import ConfigError
+
+command = importlib.import_module("kvasir.cli.bench.pool")
+SIZES = (64 * KIB,)
+
+
+def test_puts_and_gets_are_slower_than_a_copy_by_what_the_pool_costs() -> None:
+    (speed,) = measure_pool(working_set=1 << 20, rounds=2, sizes=SIZES)
+    assert len(speed.put) == len(speed.get) == len(speed.memcpy) == 2
+    assert 0.0 < speed.over_memcpy(speed.put) < 2.0
+
+
+def test_the_index_is_measured_in_a_process_of_its_own() -> None:
+    cost = measure_directory(blocks=20_000)
+    assert cost.match_us > 0.0
+    assert 0.0 < cost.insert_us < 1000.0
+    assert cost.bytes_per_entry >= 0.0
+
+
+def test_the_report_has_every_figure_and_says_why_one_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_direct_io(*_: Any, **__: Any) -> Any:
+        raise ConfigError("no direct I/O here")
+
+    monkeypatch.setattr(command, "measure_pool", lambda **_: measure_pool(working_set=1 << 20, rounds=1, sizes=SIZES))
+    monkeypatch.setattr(command, "measure", lambda **_: measure(working_set=16 << 20, rounds=1, sizes=SIZES))
+    monkeypatch.setattr(command, "measure_directory", lambda **_: measure_directory(blocks=2_000))
+    monkeypatch.setattr(command, "measure_ssd", no_direct_io)
+    done = CliRunner().invoke(make_app(), ["bench", "pool", "--directory", str(tmp_path), "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    for name in ("shm_put_over_memcpy", "shm_get_over_memcpy", "tcp_put_over_socket", "tcp_get_over_socket"):
+        assert found[name]["64 KiB"] > 0.0
+    assert {"match_us", "insert_us", "bytes_per_entry"} <= found.keys()
+    assert found["ssd_not_measured"] == "no direct I/O here"
