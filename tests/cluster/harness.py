@@ -82,7 +82,7 @@ class Cluster:
     batchers: dict[str, Batcher] = field(default_factory=dict)
     tell: Callable[[str, Message], bool] = lambda peer, message: False
     kill: Callable[[str], None] = lambda name: None
-    kill_node: Callable[[str], None] = lambda node: None
+    kill_node: Callable[..., None] = lambda node, noticed_after_s=0.0: None
     start: Callable[[str, Role, int], None] = lambda name, role, epoch: None
 
     @property
@@ -281,14 +281,14 @@ async def cluster(
             del found.batchers[name]
             hub.lose_instance(name)
 
-        def kill_node(node: str) -> None:
-            """All its processes end at once; the hub hears of it."""
+        def kill_node(node: str, noticed_after_s: float = 0.0) -> None:
+            """All its processes end at once; the hub hears of it later."""
             pools.pop(node).cancel()
             for name in [name for name in bodies if node_of(name) == node]:
                 bodies.pop(name).cancel()
                 del found.batchers[name]
             del hosts[node]
-            hub.lose_node(node)
+            asyncio.get_running_loop().call_later(noticed_after_s, hub.lose_node, node)
 
         found.start, found.kill, found.kill_node = start, kill, kill_node
         for name, role in roles.items():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import replace
 from random import Random
 
 import pytest
 
 from kvasir.cluster.bringer import FETCH
+from kvasir.cluster.pool_host import HUB, HUB_EPOCH
 from kvasir.core.errors import ClusterError
+from kvasir.core.pool_events import SetQuota
 from kvasir.core.request import Role
 from tests.cluster.harness import BLOCK, Cluster, answer, cluster, expected, submission
 from tests.cluster.test_bodies import prompt_of, run_traffic, settled
@@ -155,14 +158,46 @@ def test_a_client_that_goes_away_while_layers_are_coming_leaves_nothing_behind(g
     run_virtual(scenario())
 
 
-async def fetched_ttft(found: Cluster, *, blocks: int, rest: int) -> tuple[float, int]:
+def test_blocks_that_a_quota_keeps_from_being_published_are_not_promised_to_anybody() -> None:
+    async def scenario() -> None:
+        async with cluster(TWO_MIXED, policy="memserve", chunk_tokens=4096) as found:
+            found.mover.block_s = 4e-3
+            for host in found.hosts.values():
+                host.handle(SetQuota(HUB, HUB_EPOCH, "small", 4))
+            await fetched_ttft(found, blocks=10, rest=600, tenant="small")
+            assert found.hub.status().counters["placed_again"] == 1  # what was promised is not there
+            assert ("node0", "node1", 10) in found.mover.reads
+            await settled(found)
+
+    run_virtual(scenario())
+
+
+def test_what_was_on_offer_for_a_node_that_died_is_free_at_once() -> None:
+    async def scenario() -> None:
+        roles = {"prefill-0": Role.PREFILL, "decode-0": Role.DECODE, "decode-0@node1": Role.DECODE}
+        async with cluster(roles) as found:
+            asked = [submission(f"r{n}", prompt_of(500 + n, 100), 40) for n in range(8)]
+            answers = [asyncio.create_task(answer(found.hub, one)) for one in asked]
+            await asyncio.sleep(0.02)
+            found.kill_node("node1", noticed_after_s=3.0)
+            for one, task in zip(asked, answers, strict=True):
+                assert (await task)[0] == expected(one.prompt, 40)
+            assert found.hub.status().counters["placed_again"] > 0
+            await asyncio.sleep(1.0)
+            assert found.host.node.stats().leases == 0
+            await settled(found)
+
+    run_virtual(scenario())
+
+
+async def fetched_ttft(found: Cluster, *, blocks: int, rest: int, tenant: str = "") -> tuple[float, int]:
     """TTFT and cached tokens of a prompt whose first blocks are on the other node, whose instance is busy."""
     shared = prompt_of(70, blocks * BLOCK)
     await answer(found.hub, submission("first", shared, 5))
     await asyncio.sleep(1.0)
     busy = asyncio.create_task(answer(found.hub, submission("busy", shared + prompt_of(71, 2000), 5)))
     await asyncio.sleep(0.01)
-    asked = submission("fetched", shared + prompt_of(72, rest), 20)
+    asked = replace(submission("fetched", shared + prompt_of(72, rest), 20), tenant=tenant)
     started, first, cached, tokens = asyncio.get_running_loop().time(), 0.0, 0, list[int]()
     try:
         async with aclosing(found.hub.submit(asked)) as outputs:

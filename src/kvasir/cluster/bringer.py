@@ -12,7 +12,7 @@ import contextlib
 import math
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, zip_longest
 from typing import Any, Protocol
 
 import structlog
@@ -172,24 +172,31 @@ class Bringer:
         return Leased(want.lease, filling.there + filling.coming)
 
     def _keep_promise(self, filling: _Filling, *, has_come: bool) -> None:
-        """Called in the turn in which the blocks were published, or it was clear that they will not be."""
+        """Called in the turn in which the blocks were published, or it was clear that they will not be.
+
+        What is lost is marked so before the rest is marked complete: whoever computes may look in between.
+        """
         want, missing = filling.wanted, self._host.arena.missing
-        lost = [] if has_come else list(filling.coming)
-        if want is not None and has_come:
-            slots = filling.there + filling.coming
-            leased = self._host.ask(LeaseBlocks(want.owner, want.epoch, want.lease, want.keys[: len(slots)], want.tenant))
-            if isinstance(leased, Leased):
-                # where another copy came first, whoever computes reads ours, which nobody keeps
-                lost = [slot for slot, first in zip(slots, leased.slots, strict=False) if slot != first]
-        missing[list(filling.coming)] = 0
-        if want is None or not lost:
-            self._landing = {name: other for name, other in self._landing.items() if other is not filling}
+        lost = [] if want is None else self._broken(want, filling) if has_come else list(filling.coming)
+        if lost:
+            filling.is_lost = True
+        elif want is not None:
             filling.wanted = None
-            return
-        if has_come:
-            self._host.handle(ReleaseLease(want.owner, want.epoch, want.lease))
+            self._landing.pop(want.lease)
         missing[lost] = LOST
-        filling.is_lost = True
+        missing[[slot for slot in filling.coming if slot not in lost]] = 0
+
+    def _broken(self, want: BringBlocks, filling: _Filling) -> list[int]:
+        """Open the promised lease; the slots that it should have and has not. None are missed by an owner that is gone.
+
+        Another copy came first, or a quota is full: then whoever computes reads ours, which nobody keeps.
+        """
+        slots = filling.there + filling.coming
+        leased = self._host.ask(LeaseBlocks(want.owner, want.epoch, want.lease, want.keys[: len(slots)], want.tenant))
+        if not isinstance(leased, Leased) or leased.slots == slots:
+            return []
+        self._host.handle(ReleaseLease(want.owner, want.epoch, want.lease))
+        return [slot for slot, first in zip_longest(slots, leased.slots) if slot != first]
 
     def _release_after(self, task: asyncio.Task[None], filling: _Filling) -> None:
         if task.done():

@@ -426,6 +426,8 @@ class Hub:
 
     def _prefill(self, command: Prefill) -> None:
         live, instance = self._live[command.request_id], command.instance
+        if live.phase is Phase.DECODE:  # whoever was to take the hand-off is gone, and it may be on offer still
+            self._send(pool_name(live.node), ReleaseLease(HUB, HUB_EPOCH, live.run))
         self._num_runs += 1
         live.attempt = self._num_runs
         live.prefilled = False
