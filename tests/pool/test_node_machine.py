@@ -15,9 +15,11 @@ from kvasir.core.pool_events import (
     AdoptLease,
     Clear,
     DropBlocks,
+    Erase,
     FetchDone,
     Fetching,
     FetchStart,
+    Insert,
     KeyedSlot,
     LeaseBlocks,
     Leased,
@@ -192,6 +194,26 @@ class NodeMachine(RuleBasedStateMachine):
             held.private.discard(block.slot)
         else:
             held.private.add(block.slot)
+
+    @rule(owner=OWNERS, older=EPOCHS, path=PATHS, count=COUNTS, stray=STRAYS)
+    def insert(self, owner: str, older: int, path: bytes, count: int, stray: int | None) -> None:
+        """A sequence for whoever comes next; who had a block first keeps it, and nobody holds anything for it."""
+        slots = sorted(self.reserved.get(owner, ()))[:count]
+        if stray is not None and slots:
+            slots[-1] = stray
+        blocks = tuple(KeyedSlot(path[: i + 1], slot) for i, slot in enumerate(slots))
+        answers = self.ask(Insert(owner, self.epoch(owner, older), blocks))
+        if answers is None:
+            return
+        if not self.reserved[owner].issuperset(slots) or len(set(slots)) < len(slots):
+            assert self.refused(answers) == "bad_slot"
+            return
+        new = tuple(block.key for block in blocks if block.key not in self.published)
+        assert answers == ([Stored(new)] if new else [])
+        self.reserved[owner].difference_update(slots)
+        for block in blocks:
+            if self.published.setdefault(block.key, block.slot) != block.slot:
+                self.free.add(block.slot)
 
     @rule(owner=OWNERS, lease=LEASES, path=PATHS, count=COUNTS)
     def prefill(self, owner: str, lease: str, path: bytes, count: int) -> None:
@@ -491,6 +513,7 @@ class SsdNodeMachine(NodeMachine):
         super().__init__()
         self.node = PoolNode(NUM_SLOTS, ssd_slots=NUM_SSD_SLOTS, max_spilling=MAX_SPILLING)
         self.on_ssd: dict[bytes, int] = {}
+        self.table: dict[int, bytes] = {}  # what a restart would find, by ssd slot
         self.excused: set[bytes] = set()  # blocks whose writes or reads have gone wrong or been overtaken
         self.spilled = self.loaded = 0
 
@@ -516,6 +539,10 @@ class SsdNodeMachine(NodeMachine):
                     rest.append(answer)
                 case Spill():
                     self.take_spill(answer, event)
+                case Erase(ssd_slots=ssd_slots):
+                    assert not self.writing.keys() & set(ssd_slots), "a place is erased that is being written"
+                    for ssd_slot in ssd_slots:
+                        self.table.pop(ssd_slot, None)
                 case _:
                     rest.append(answer)
         return rest
@@ -553,6 +580,8 @@ class SsdNodeMachine(NodeMachine):
     def write_ends(self, which: int, ok: bool) -> None:
         ssd_slot = sorted(self.writing)[which % len(self.writing)]
         key, slot = self.writing.pop(ssd_slot)
+        if ok:
+            self.table[ssd_slot] = key  # else it is as it was
         answers = self.tell(SpillDone("body", 0, ssd_slot, ok))
         if slot in self.leaving:
             self.leaving.remove(slot)
@@ -642,6 +671,11 @@ class SsdNodeMachine(NodeMachine):
         assert (stats.spilled, stats.loaded) == (self.spilled, self.loaded)
         total = stats.free + stats.reserved + stats.private + stats.published + stats.loading + stats.fetching + stats.spilling
         assert total == NUM_SLOTS
+
+    @invariant()
+    def a_restart_would_find_what_is_there_and_nothing_else(self) -> None:
+        settled = {ssd_slot: key for ssd_slot, key in self.table.items() if ssd_slot not in self.writing}
+        assert settled == {ssd_slot: key for key, ssd_slot in self.on_ssd.items()}
 
     @invariant()
     def no_suffix_is_alone_on_the_ssd(self) -> None:

@@ -7,6 +7,7 @@ import pytest
 from kvasir.core.pool_events import (
     Clear,
     DropBlocks,
+    Erase,
     Leased,
     LoadDone,
     Loaded,
@@ -98,7 +99,7 @@ def test_a_slot_that_is_being_written_out_is_given_to_nobody_until_it_is_written
 def test_a_write_that_fails_leaves_nothing_and_is_not_tried_again(node: PoolNode, p: Hand) -> None:
     p.lease("r")
     p.put("r", A=p.slots(1)[0])
-    assert done(node, 0, ok=False) == []
+    assert done(node, 0, ok=False) == [Erase((0,))]
     stats = node.stats()
     assert (stats.failed_spills, stats.ssd_free, stats.writing, stats.spills_waiting) == (1, 4, 0, 0)
 
@@ -120,7 +121,7 @@ def test_a_corrupt_block_is_dropped_and_ends_what_was_loaded(node: PoolNode, p: 
     p.lease("r", A, B, C)
     answer = load(p, "r", A, B, C)[-1]
     assert isinstance(answer, Loading)
-    assert loaded(node, "r", 1) == [Removed((B,), "failed", Tier.SSD), Loaded("r", answer.slots[:1])]
+    assert loaded(node, "r", 1) == [Removed((B,), "failed", Tier.SSD), Loaded("r", answer.slots[:1]), Erase((1,))]
     stats = node.stats()
     assert (stats.loaded, stats.failed_loads, stats.reserved, stats.free) == (1, 1, 1, 3)
     assert p.lease("r2", A, B, C) == [Leased("r2", (), 1)]
@@ -240,9 +241,10 @@ def test_a_dropped_block_is_gone_from_the_ssd_too_and_its_write_is_given_up(node
     p.lease("r")
     p.put("r", C=p.slots(1)[0])
     p.release("r")
-    assert node.handle(DropBlocks("p", 1, (B, C)), 0.0) == [Removed((C,), "cleared"), Removed((B,), "cleared", Tier.SSD)]
+    said = node.handle(DropBlocks("p", 1, (B, C)), 0.0)
+    assert said == [Removed((C,), "cleared"), Removed((B,), "cleared", Tier.SSD), Erase((1,))]
     assert node.stats().spilling == 1, "its slot is still read"
-    assert done(node, 2) == []
+    assert done(node, 2) == [Erase((2,))], "or a restart would find what was deleted"
     assert (node.inventory(Tier.SSD), node.stats().free) == ((A,), 4)
 
 
@@ -250,6 +252,6 @@ def test_what_is_being_read_is_not_dropped(node: PoolNode, p: Hand) -> None:
     fill_and_demote(node, p)
     p.lease("r", A)
     load(p, "r", A)
-    assert node.handle(Clear("p", 1), 0.0) == [Removed((B,), "cleared", Tier.SSD)]
+    assert node.handle(Clear("p", 1), 0.0) == [Removed((B,), "cleared", Tier.SSD), Erase((1,))]
     loaded(node, "r")
-    assert node.handle(Clear("p", 1), 0.0) == [Removed((A,), "cleared", Tier.SSD)]
+    assert node.handle(Clear("p", 1), 0.0) == [Removed((A,), "cleared", Tier.SSD), Erase((0,))]

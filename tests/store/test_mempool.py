@@ -96,7 +96,7 @@ def test_memory_can_be_written_in_place_before_it_is_inserted(pool: MemPool) -> 
         (lambda p: p.batch_put([key(1)], []), "1 keys for 0 blocks"),
         (lambda p: p.block(8), "address 8 does not exist"),
         (lambda p: p.free([3]), "slots \\[3\\] are not reserved"),
-        (lambda p: p.insert([key(1)], [3]), "cannot publish slots \\[3\\]"),
+        (lambda p: p.insert([key(1)], [3]), "cannot insert slots \\[3\\]"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line_and_changes_nothing(pool: MemPool, wrong: object, told: str) -> None:
@@ -162,6 +162,21 @@ STEPS = st.lists(
     st.tuples(st.sampled_from(["put", "get", "match", "delete", "swap_out", "swap_in", "restart"]), st.integers(0, 11)),
     max_size=40,
 )
+
+
+def test_what_was_deleted_is_not_there_after_a_restart(tmp_path: Path) -> None:
+    def made() -> MemPool:
+        return MemPool(num_blocks=4, block_bytes=SIZE, ssd_path=tmp_path, ssd_blocks=6)
+
+    with made() as pool:
+        for number in range(3):
+            pool.put(key(number), value(number))
+        pool.flush()
+        pool.delete([key(1)])
+        pool.put(key(3), value(3))
+        pool.delete([key(3)])  # its write may be under way
+    with made() as pool:
+        assert [pool.exists(key(number)) for number in range(4)] == [Tier.SSD, None, Tier.SSD, None]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

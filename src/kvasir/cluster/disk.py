@@ -7,19 +7,26 @@ from contextlib import AsyncExitStack
 
 from kvasir.cluster.pool_host import MESSENGER, MESSENGER_EPOCH, PoolHost
 from kvasir.core.keys import BlockKey
-from kvasir.core.pool_events import Spill, SpillDone, SsdFound
-from kvasir.store.ssd import SsdFile, SsdOutcome, SsdRead, SsdStats, SsdWorkers, SsdWrite
+from kvasir.core.pool_events import Erase, Spill, SpillDone, SsdFound
+from kvasir.store.ssd import SsdFile, SsdOutcome, SsdRead, SsdWorkers, SsdWrite
 
 
 class SsdDisk:
-    """Implements `Disk`, and writes what the brain wants written."""
+    """Implements `Disk`, and does what the brain wants done."""
 
-    def __init__(self, host: PoolHost, workers: SsdWorkers):
+    def __init__(self, host: PoolHost, file: SsdFile, workers: SsdWorkers):
         self._host = host
+        self._file = file
         self._workers = workers
 
-    def spill(self, spill: Spill) -> None:
-        """Write a block; the brain hears of it when its slot may be used again."""
+    def do(self, order: Spill | Erase) -> None:
+        """Write a block, and tell the brain when its slot may be used again; or erase some, before any write over them."""
+        if isinstance(order, Erase):
+            self._file.forget(order.ssd_slots)
+        else:
+            self._spill(order)
+
+    def _spill(self, spill: Spill) -> None:
 
         def done(outcome: SsdOutcome) -> None:
             self._host.handle(SpillDone(MESSENGER, MESSENGER_EPOCH, spill.ssd_slot, outcome is SsdOutcome.OK))
@@ -32,14 +39,11 @@ class SsdDisk:
         outcomes = await self._workers.read([SsdRead(ssd_slot, key, arena.slot(slot)) for ssd_slot, key, slot in blocks])
         return tuple([block[0] for block, outcome in zip(blocks, outcomes, strict=True) if outcome is not SsdOutcome.OK])
 
-    def stats(self) -> SsdStats:
-        return self._workers.stats()
-
 
 async def start_disk(host: PoolHost, file: SsdFile, stack: AsyncExitStack) -> SsdDisk:
     """Tell the brain what an earlier run left, and take its orders from now on."""
     stack.callback(file.close)
-    disk = SsdDisk(host, await stack.enter_async_context(SsdWorkers(file)))
-    host.on_spill = disk.spill
+    disk = SsdDisk(host, file, await stack.enter_async_context(SsdWorkers(file)))
+    host.on_disk = disk.do
     host.handle(SsdFound(MESSENGER, MESSENGER_EPOCH, tuple(file.recover())))
     return disk

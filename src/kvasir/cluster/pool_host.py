@@ -8,6 +8,7 @@ from kvasir.cluster.messages import BlocksChanged, HelloPool, PeerPool
 from kvasir.core.errors import InvariantError
 from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import (
+    Erase,
     Fetching,
     Leased,
     Loaded,
@@ -40,13 +41,13 @@ Answer = Reserved | Leased | Loading | Fetching | Loaded | Pinned | Refused | No
 class PoolHost:
     """Feeds the brain, keeps the slots' generations, and collects which blocks came and went.
 
-    `on_spill` hears of each block that is to be written to the SSD; whoever does it says SpillDone.
+    `on_disk` hears of each block that is to be written to the SSD or erased there; whoever writes it says SpillDone.
     """
 
     def __init__(self, name: str, node: PoolNode, arena: Arena, clock: Callable[[], float], *, peer: PeerPool | None = None):
         self.node = node
         self.arena = arena
-        self.on_spill: Callable[[Spill], None] = _no_ssd
+        self.on_disk: Callable[[Spill | Erase], None] = _no_ssd
         self._name = name
         self._clock = clock
         self._peer = peer
@@ -73,8 +74,8 @@ class PoolHost:
                     answer = said
                 case Leased() | Loaded() | Pinned() | Refused():
                     answer = said
-                case Spill():
-                    self.on_spill(said)
+                case Spill() | Erase():
+                    self.on_disk(said)
         if len(self._changed) > 2 * (self.node.num_slots + self.node.stats().ssd_slots):
             self.start_over()
         return answer
@@ -147,5 +148,5 @@ class PoolHost:
         return tuple([key for (where, key), stored in self._changed.items() if where is tier and stored is is_stored])
 
 
-def _no_ssd(spill: Spill) -> None:
-    raise InvariantError(f"a node without an SSD said {spill!r}")
+def _no_ssd(order: Spill | Erase) -> None:
+    raise InvariantError(f"a node without an SSD said {order!r}")

@@ -64,6 +64,17 @@ class PutEnd(PoolEvent, frozen=True):
     blocks: tuple[KeyedSlot, ...]
 
 
+class Insert(PoolEvent, frozen=True):
+    """Publish these filled, reserved slots for whoever matches them next: PutEnd without a lease, a sequence in order.
+
+    The slots are the pool's from then on; those of keys that are published already, and those that the `tenant`'s quota does
+    not allow, are freed.
+    """
+
+    blocks: tuple[KeyedSlot, ...]
+    tenant: str = ""
+
+
 class PutBlocks(PoolEvent, frozen=True):
     """PutStart and PutEnd in one, for blocks whose content is in place as soon as they have a slot, as in a simulation.
 
@@ -282,6 +293,12 @@ class Spill(PoolAnswer, frozen=True):
     slot: int
     ssd_slot: int
     depth: int
+
+
+class Erase(PoolAnswer, frozen=True):
+    """To the pool's body: what lies in these ssd slots must not be found at the next start. Nothing is said when it is done."""
+
+    ssd_slots: tuple[int, ...]
 
 
 class Refused(PoolAnswer, frozen=True):

@@ -4,9 +4,9 @@
                           │  └─OfferLease─▶ private ──PutEnd──▶ published
                           └──PutRevoke, owner died──▶ free
 
-PutBlocks is PutStart and PutEnd in one. Blocks of another node: free ──FetchStart──▶ fetching ──FetchDone──▶ reserved. With an
-SSD (pool/ssd.py), likewise: free ──LoadStart──▶ loading ──LoadDone──▶ reserved, and a published slot that is evicted while a
-Spill reads it is free only at its SpillDone.
+Insert is PutEnd without a lease, PutBlocks is PutStart and PutEnd in one. Blocks of another node: free ──FetchStart──▶
+fetching ──FetchDone──▶ reserved. With an SSD (pool/ssd.py), likewise: free ──LoadStart──▶ loading ──LoadDone──▶ reserved, and
+a published slot that is evicted while a Spill reads it is free only at its SpillDone.
 
 Everything is validated before anything is changed, so a Refused event leaves no trace. Blocks are released deepest first, and
 a lease pins every published block of its sequence, so an evictor that honours the order never strands a suffix.
@@ -27,9 +27,11 @@ from kvasir.core.pool_events import (
     AdoptLease,
     Clear,
     DropBlocks,
+    Erase,
     FetchDone,
     Fetching,
     FetchStart,
+    Insert,
     KeyedSlot,
     LeaseBlocks,
     Leased,
@@ -292,11 +294,24 @@ class PoolNode:
             return self._refuse("unknown_lease", f"{event.owner} does not hold lease {event.lease!r}")
         if bad := self._not_givable(owner, lease, [block.slot for block in event.blocks]):
             return self._refuse("bad_slot", f"{event.owner} cannot publish slots {bad}: neither reserved nor private here")
+        return self._fill_and_tell(owner, lease, event.blocks, now)
+
+    def _insert(self, owner: Owner, event: Insert, now: float) -> list[PoolAnswer]:
+        if bad := self._not_givable(owner, None, [block.slot for block in event.blocks]):
+            return self._refuse("bad_slot", f"{event.owner} cannot insert slots {bad}: not reserved by it")
+        if event.tenant and self._retention is None:
+            self._retain()
+        lease = Lease(event.owner, [], [], tenant=event.tenant)
+        answers = self._fill_and_tell(owner, lease, event.blocks, now)
+        self._let_go(lease, now)
+        return answers
+
+    def _fill_and_tell(self, owner: Owner, lease: Lease, blocks: Sequence[KeyedSlot], now: float) -> list[PoolAnswer]:
         removed: list[PoolAnswer] = []
         if self._retention is None:
-            stored = self._fill(owner, lease, event.blocks, now)
+            stored = self._fill(owner, lease, blocks, now)
         else:
-            stored, removed = self._fill_for_tenant(self._retention, owner, lease, event.blocks, now)
+            stored, removed = self._fill_for_tenant(self._retention, owner, lease, blocks, now)
         if self._ssd is not None:
             self._ssd.published(stored, now)
         return [*removed, Stored(tuple(stored))] if stored else removed
@@ -411,6 +426,9 @@ class PoolNode:
             del self._offers[lease_id]
         else:
             del self._owners[lease.owner].leases[lease_id]
+        self._let_go(lease, now)
+
+    def _let_go(self, lease: Lease, now: float) -> None:
         if lease.private:
             self._slots.give_back(lease.private)
         self._slots.unpin(lease.pinned, now)
@@ -577,12 +595,17 @@ class PoolNode:
         return [Stored(keys, Tier.SSD)] if keys else []
 
     def _spill(self, ssd: SsdTier, now: float) -> list[PoolAnswer]:
-        """Start what writes can be started."""
+        """Have erased what must be, then start what writes can be started."""
+        answers: list[PoolAnswer] = []
+        if ssd.to_erase:
+            answers.append(Erase(tuple(ssd.to_erase)))
+            ssd.to_erase.clear()
         if not ssd.waiting:
-            return []
+            return answers
         spills = ssd.next_spills(now)
-        removed: list[PoolAnswer] = [Removed(spills.evicted, "evicted", Tier.SSD)] if spills.evicted else []
-        return [*removed, *spills.starts]
+        if spills.evicted:
+            answers.append(Removed(spills.evicted, "evicted", Tier.SSD))
+        return [*answers, *spills.starts]
 
     def _with_ssd(self, stats: PoolStats, ssd: SsdTier) -> PoolStats:
         counters = ssd.counters
@@ -620,6 +643,7 @@ class PoolNode:
 _OF_OWNERS: dict[type[PoolEvent], Callable[[PoolNode, Owner, Any, float], list[PoolAnswer]]] = {
     PutStart: PoolNode._reserve,
     PutEnd: PoolNode._publish,
+    Insert: PoolNode._insert,
     PutBlocks: PoolNode._put,
     PutRevoke: PoolNode._revoke,
     LeaseBlocks: PoolNode._lease,

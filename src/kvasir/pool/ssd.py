@@ -9,6 +9,9 @@ eviction from DRAM costs no write. What is not written when DRAM needs the space
 
 **Copies of what DRAM holds are not evicted**; a block joins the SSD's eviction order when DRAM lets go of it. DRAM evicts
 suffixes first, so the SSD's order has them first too, and a block that is hot in DRAM does not grow cold here.
+
+**What is gone stays gone.** The place of a block that can be found no longer is erased, unless another block is written over it
+at once: or a block that somebody deleted would be back after a restart.
 """
 
 from __future__ import annotations
@@ -61,6 +64,7 @@ class SsdTier:
         self.free = list(range(num_slots - 1, -1, -1))
         self.waiting: dict[BlockKey, None] = {}  # in DRAM and due to be written, an ordered set
         self.writes: dict[int, Write] = {}  # by ssd slot
+        self.to_erase: list[int] = []  # ssd slots, for the node to say
         self.counters = SsdCounters()
         self._writing: dict[BlockKey, int] = {}
         self._blocks: list[Block | None] = [None] * num_slots
@@ -113,6 +117,8 @@ class SsdTier:
         block = self._block(ssd_slot)
         if not ok:
             self.counters.failed_spills += 1
+        if write.given_up or not ok:
+            self.to_erase.append(ssd_slot)
         if write.given_up:
             self._free(ssd_slot)
             return None
@@ -182,6 +188,7 @@ class SsdTier:
                 continue
             del self.index[key]
             self._free(ssd_slot)
+            self.to_erase.append(ssd_slot)
             gone.append(key)
         return gone
 
@@ -288,6 +295,7 @@ class SsdTier:
         if self.index.get(key) != ssd_slot:
             return None
         del self.index[key]
+        self.to_erase.append(ssd_slot)
         return key
 
     def _free(self, ssd_slot: int) -> None:

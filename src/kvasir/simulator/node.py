@@ -7,6 +7,7 @@ from collections.abc import Callable
 from kvasir.core.events import BlocksRemoved, BlocksStored, Event, Inventory
 from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import (
+    Erase,
     LeaseBlocks,
     Leased,
     Loaded,
@@ -95,6 +96,9 @@ class SimNode:
                 self._tell(BlocksRemoved(self.spec.id, self._seq, said.keys, said.tier))  # type: ignore[attr-defined]
             elif kind is Spill:
                 self._write(said)  # type: ignore[arg-type]
+            elif kind is Erase:
+                for ssd_slot in said.ssd_slots:  # type: ignore[attr-defined]
+                    self._on_ssd.pop(ssd_slot, None)
             else:
                 answer = said  # type: ignore[assignment]
         return answer

@@ -29,6 +29,8 @@ from kvasir.core.errors import PoolError
 from kvasir.core.keys import KEY_BYTES, BlockKey
 from kvasir.core.pool_events import (
     DropBlocks,
+    Erase,
+    Insert,
     KeyedSlot,
     LeaseBlocks,
     Leased,
@@ -60,6 +62,7 @@ Bytes = npt.NDArray[np.uint8]
 
 ME = "library"
 EPOCH = 0
+_ANSWERS = (Reserved, Leased, Loading, Loaded)
 WRITTEN_S = 60.0
 """No block takes longer to be written to the SSD; a disk that hangs is an error, not a hang."""
 
@@ -300,21 +303,20 @@ class MemPool:
                 if isinstance(said, Spill):
                     self._spills.append(said)
                     self._changed.notify_all()
-                elif isinstance(said, Reserved | Leased | Loading | Loaded):
+                elif isinstance(said, Erase):
+                    assert self._file is not None, "what is to be erased was written"
+                    self._file.forget(said.ssd_slots)
+                elif isinstance(said, _ANSWERS):
                     answer = said
                 elif isinstance(said, Refused):
                     raise PoolError(said.message)
             return answer
 
     def _publish(self, keys: tuple[BlockKey, ...], addresses: Sequence[int]) -> None:
-        lease = f"put#{next(self._numbers)}"
-        with self._changed:
-            self._handle(LeaseBlocks(ME, EPOCH, lease, ()))
-            blocks = tuple([KeyedSlot(key, address) for key, address in zip(keys, addresses, strict=True)])
-            try:
-                self._handle(PutEnd(ME, EPOCH, lease, blocks))
-            finally:
-                self._handle(ReleaseLease(ME, EPOCH, lease))
+        if len(keys) != len(addresses):
+            raise PoolError(f"{len(keys)} keys for {len(addresses)} addresses")
+        blocks = tuple([KeyedSlot(key, address) for key, address in zip(keys, addresses, strict=True)])
+        self._handle(Insert(ME, EPOCH, blocks))
 
     def _found(self, key: BlockKey) -> Match:
         found = self.match([key])

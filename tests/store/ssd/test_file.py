@@ -98,6 +98,9 @@ def test_of_a_block_in_two_places_the_last_copy_is_found(tmp_path: Path) -> None
             ssd.write(place, key_of(1), place, block_of(1))
     with opened(tmp_path) as ssd:
         assert ssd.recover() == [SsdBlock(key_of(1), 2, 2)]
+        ssd.forget([2])
+    with opened(tmp_path) as ssd:
+        assert ssd.recover() == [], "and the older one does not come back when it is gone"
 
 
 def test_what_is_forgotten_is_not_found_again(tmp_path: Path) -> None:

@@ -78,12 +78,14 @@ class SsdFile:
         self._log = structlog.get_logger().bind(part="ssd")
         self._files = files
         self._ops = ops
-        self._records = _without_older_copies(files.records)
+        self._records = files.records
         last = max((record.sequence for record in self._records if record is not None), default=0)
         self._sequence = itertools.count(last + 1)
         self._lock = threading.Lock()
         self._users = 0
         self._closed = False
+        for place in _older_copies(files.records):
+            self._erase(place)
 
     def __enter__(self) -> Self:
         return self
@@ -141,8 +143,10 @@ class SsdFile:
     def forget(self, ssd_slots: Sequence[int]) -> None:
         """Empty these places, also for the next start."""
         with self._in_use():
-            for place in ssd_slots:
-                self._erase(place)
+            places = sorted(set(ssd_slots))
+            for _, neighbours in itertools.groupby(enumerate(places), lambda numbered: numbered[1] - numbered[0]):
+                run = [place for _, place in neighbours]
+                self._erase(run[0], len(run))
 
     def require_valid(self, requests: Sequence[SsdWrite] | Sequence[SsdRead]) -> None:
         """Raises PoolError when a place, a key or a buffer cannot be right."""
@@ -214,12 +218,12 @@ class SsdFile:
 
     # --- both --------------------------------------------------------------------------------------------------
 
-    def _erase(self, place: int) -> None:
-        self._records[place] = None
+    def _erase(self, first: int, number: int = 1) -> None:
+        self._records[first : first + number] = [None] * number
         try:
-            self._write_records(place, [EMPTY_RECORD])
+            self._write_records(first, [EMPTY_RECORD] * number)
         except OSError as error:
-            self._note(error, "erase", place)
+            self._note(error, "erase", first)
 
     @property
     def _unit(self) -> int:
@@ -263,8 +267,8 @@ def _views(pieces: Sequence[Pieces]) -> list[memoryview]:
     return [view for piece in pieces for view in piece.views]
 
 
-def _without_older_copies(records: list[Record | None]) -> list[Record | None]:
-    """A block that was dropped and written again elsewhere is in the table twice; the last copy counts."""
+def _older_copies(records: Sequence[Record | None]) -> list[int]:
+    """A block that was dropped and written again elsewhere may be in the table twice; the last copy counts."""
     newest: dict[BlockKey, int] = {}
     for place, record in enumerate(records):
         if record is None:
@@ -274,4 +278,4 @@ def _without_older_copies(records: list[Record | None]) -> list[Record | None]:
         if rival is None or rival.sequence < record.sequence:
             newest[record.key] = place
     keep = set(newest.values())
-    return [record if place in keep else None for place, record in enumerate(records)]
+    return [place for place, record in enumerate(records) if record is not None and place not in keep]
