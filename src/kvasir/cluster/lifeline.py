@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+import uvloop
 
 from kvasir.core.errors import ConfigError
 
@@ -95,7 +96,7 @@ def run_child(
     `when_orphaned` is called last, from either thread, if the parent is gone.
     """
     try:
-        with asyncio.Runner() as runner:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_until_stopped(main, lifeline_fd, lambda: _end(grace_s, when_orphaned)))
     finally:
         if lifeline_fd is not None and _is_closed(lifeline_fd):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import numpy as np
+import uvloop
 
 from kvasir.store.arena import Arena, create_arena, open_arena
 from kvasir.store.messenger import PeerArena, ShmTransport, SpanPair, TcpServer, TcpTransport, host_identity
@@ -55,7 +56,7 @@ class _Other:
 
 def measure(*, working_set: int = 512 * MIB, rounds: int = 5, sizes: tuple[int, ...] = SIZES) -> list[Measured]:
     """All ways and sizes, once a round and one after the other, so that a busy machine is busy for all of them."""
-    return asyncio.run(_measure(working_set, rounds, sizes))
+    return uvloop.run(_measure(working_set, rounds, sizes))  # as the pool's process does
 
 
 def ratios(measured: list[Measured]) -> dict[str, dict[str, float]]:
@@ -200,7 +201,7 @@ def _serve(connection: Connection, working_set: int) -> None:
         await ended.wait()
         await server.close()
 
-    asyncio.run(serve())
+    uvloop.run(serve())
 
 
 def _serve_plain(listening: socket.socket, arena: Arena) -> None:

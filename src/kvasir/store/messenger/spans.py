@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvasir.core.errors import TransferError
@@ -22,8 +21,7 @@ class SpanPair(NamedTuple):
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
+class Slice(NamedTuple):
     """Consecutive pieces of spans that travel as one message; with it, the first `whole` spans are complete."""
 
     number: int

@@ -94,12 +94,15 @@ class TcpTransport:
         path = self._path(peer)
         timer = asyncio.get_running_loop().call_at(deadline_s, path.give_up, transfer)
         try:
-            await path.open_streams(self._limits.streams if transfer.is_long else 1, deadline_s)
+            if path.num_streams < (wanted := self._limits.streams if transfer.is_long else 1):
+                await path.open_streams(wanted, deadline_s)
             path.add(transfer)
             await transfer.done
+        except BaseException:
+            path.abandon(transfer)
+            raise
         finally:
             timer.cancel()
-            path.abandon(transfer)
 
     def _path(self, peer: PeerArena) -> Path:
         if not self._is_open or peer.tcp is None:

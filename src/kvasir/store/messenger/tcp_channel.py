@@ -44,6 +44,7 @@ class Channel:
         self._at = 0
         self._then: Callable[[], None] | None = None
         self._out: deque[memoryview] = deque()
+        self._at_once = True
         self._reading = self._writing = False
 
     @property
@@ -58,11 +59,14 @@ class Channel:
         if not self._writing:
             self._flush()
 
-    def expect(self, views: Sequence[memoryview], then: Callable[[], None]) -> None:
-        """Fill these, in order, and call `then`, which says what to expect next; expecting nothing stops reading."""
+    def expect(self, views: Sequence[memoryview], then: Callable[[], None], *, at_once: bool = True) -> None:
+        """Fill these, in order, and call `then`, which says what to expect next; expecting nothing stops reading.
+
+        They may have come already, unless it is clear that they can not be there `at_once`: that saves asking for them in vain.
+        """
         if not self.is_open:
             return
-        self._expected, self._at, self._then = list(views), 0, then
+        self._expected, self._at, self._then, self._at_once = list(views), 0, then, at_once
         if not self._reading:
             self._reading = True
             self._loop.add_reader(self._sock.fileno(), self._receive)
@@ -90,7 +94,8 @@ class Channel:
 
     def _receive(self) -> None:
         budget = TURN_BYTES
-        while self._then is not None and budget > 0:
+        self._at_once = True
+        while self._at_once and self._then is not None and budget > 0:
             try:
                 got = self._sock.recvmsg_into(self._expected[self._at : self._at + MAX_VIEWS])[0]
             except (BlockingIOError, InterruptedError):

@@ -62,10 +62,12 @@ class Path:
     def is_unused(self) -> bool:
         return not self._streams and not self._queue and not self._opening.locked()
 
+    @property
+    def num_streams(self) -> int:
+        return len(self._streams)
+
     async def open_streams(self, wanted: int, deadline_s: float) -> None:
         """Have so many connections, or at least one. Raises TransferError when there is none in time."""
-        if len(self._streams) >= wanted:
-            return
         try:
             async with asyncio.timeout_at(deadline_s), self._opening:
                 await self._open_streams(wanted)
@@ -265,7 +267,7 @@ class _Stream:
                 repeated(self._scratch, flight.piece.nbytes) if flight.is_abandoned else self._views.local(flight.piece.pieces)
             )
             views += into
-        self._channel.expect(views, self._on_answer)
+        self._channel.expect(views, self._on_answer, at_once=bool(self.flights))
 
     def _on_answer(self) -> None:
         if not self.flights:

@@ -181,17 +181,17 @@ class _Connection:
         self._is_busy = False
         self._moved_at_rest = self._channel.moved
         self._raw = bytearray(wire.REQUEST.size + wire.PLACE.size)  # each request has at least one place
-        self._channel.expect([memoryview(self._raw)], self._on_request)
+        self._channel.expect([memoryview(self._raw)], self._on_request, at_once=False)
 
     def _on_request(self) -> None:
         self._is_busy = True
         self._server.counts.requests += 1
         try:
-            request = wire.unpack_request(self._raw[: wire.REQUEST.size])
+            request = wire.unpack_request(self._raw)
         except wire.Garbled:
             self._refuse(wire.Code.GARBLED, wire.pack_answer(wire.Code.GARBLED, 0, 0))
             return
-        first = wire.unpack_places(self._raw[wire.REQUEST.size :])
+        first = wire.unpack_places(memoryview(self._raw)[wire.REQUEST.size :])
         if request.num_pieces == 1:
             self._on_places(request, first)
             return

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from kvasir.core.errors import TransferCause, TransferError
 from kvasir.store.arena import ArenaHandle
@@ -47,6 +47,9 @@ class Op(IntEnum):
     PUT = 2
 
 
+_OPS = frozenset(int(op) for op in Op)
+
+
 class Code(IntEnum):
     """Why a server refuses."""
 
@@ -67,8 +70,7 @@ _CAUSES: dict[Code, tuple[TransferCause, str]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     op: int
     num_pieces: int
     number: int
@@ -120,13 +122,14 @@ def pack_request(op: Op, number: int, pieces: Sequence[SpanPair], nbytes: int, t
 
 
 def unpack_request(raw: bytes | bytearray) -> Request:
-    magic, op, num_pieces, number, nbytes, ticket = REQUEST.unpack(raw)
-    if magic != _REQUEST_MAGIC or op not in (Op.GET, Op.PUT) or not 0 < num_pieces <= MAX_PIECES or nbytes > MAX_REQUEST_BYTES:
+    """From the first bytes of a request; places may follow."""
+    magic, op, num_pieces, number, nbytes, ticket = REQUEST.unpack_from(raw)
+    if magic != _REQUEST_MAGIC or op not in _OPS or not 0 < num_pieces <= MAX_PIECES or nbytes > MAX_REQUEST_BYTES:
         raise Garbled(f"request {bytes(magic)!r} op {op}, {num_pieces} pieces, {nbytes} bytes")
-    return Request(op, num_pieces, number, nbytes, bytes(ticket))
+    return Request(op, num_pieces, number, nbytes, ticket)
 
 
-def unpack_places(raw: bytes | bytearray) -> list[tuple[int, int, int]]:
+def unpack_places(raw: bytes | bytearray | memoryview) -> list[tuple[int, int, int]]:
     """(slot, offset, length) of each piece."""
     return list(PLACE.iter_unpack(raw))
 
