@@ -40,7 +40,7 @@ from kvasir.scheduling.conductor import Conductor
 from kvasir.scheduling.placer import ConductorConfig
 from kvasir.scheduling.strategy import strategy
 from kvasir.store.arena import ArenaHandle, create_arena
-from kvasir.store.messenger.transport import PeerArena
+from kvasir.store.messenger.transport import PeerArena, Priority
 
 NODE = "node0"
 BLOCK = 16
@@ -113,7 +113,7 @@ class MemoryMover:
         self._hosts = hosts
         self.reads: list[tuple[str, str, int]] = []
         self.block_s = 1e-4
-        self.fault: Callable[[int], Awaitable[None]] = _no_fault
+        self.fault: Callable[[Priority], Awaitable[None]] = _no_fault
 
     def to(self, node: str) -> Mover:
         return _Reader(self, node)
@@ -124,7 +124,7 @@ class MemoryMover:
         target: str,
         pairs: Sequence[tuple[int, int]],
         within_s: float,
-        priority: int,
+        priority: Priority,
         on_layer: Callable[[int], None] | None,
     ) -> None:
         """A layer at a time. What the fake engine reads is in the first; the others take time."""
@@ -154,13 +154,13 @@ class _Reader:
         pairs: Sequence[tuple[int, int]],
         *,
         within_s: float,
-        priority: int,
+        priority: Priority,
         on_layer: Callable[[int], None] | None = None,
     ) -> None:
         await self.mover.read(peer, self.node, pairs, within_s, priority, on_layer)
 
 
-async def _no_fault(priority: int) -> None:
+async def _no_fault(priority: Priority) -> None:
     return None
 
 
@@ -221,14 +221,16 @@ async def cluster(
     found.tell = to_hub.send
     bodies: dict[str, asyncio.Task[None]] = {}
     pools: dict[str, asyncio.Task[None]] = {}
+    peers: dict[str, PeerPool] = {}
 
     def open_channel(control: str, me: str) -> MemoryChannel[PoolReply, PoolCall]:
         return MemoryChannel(ports[control], me, msgspec.msgpack.Decoder(PoolReply))
 
     def make_pool(node: str) -> PoolBody:
         brain = brains.pool if node == NODE else PoolNode(num_slots)
-        peer = PeerPool(node, 1, node, peer_arena(node)) if len(nodes) > 1 else None
-        hosts[node] = PoolHost(node, brain, create_arena(num_slots, SPEC.slot_bytes), clock, peer=peer)
+        if len(nodes) > 1:
+            peers[node] = PeerPool(node, 1, node, peer_arena(node))
+        hosts[node] = PoolHost(node, brain, create_arena(num_slots, SPEC.slot_bytes), clock, peer=partial(peers.get, node))
         ports[node] = MemoryListener(msgspec.msgpack.Decoder(PoolCall))
         channel: MemoryChannel[ToPool, FromPool] = MemoryChannel(to_hub, pool_name(node), msgspec.msgpack.Decoder(ToPool))
         return PoolBody(

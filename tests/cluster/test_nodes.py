@@ -9,11 +9,11 @@ from random import Random
 
 import pytest
 
-from kvasir.cluster.bringer import FETCH
 from kvasir.cluster.pool_host import HUB, HUB_EPOCH
 from kvasir.core.errors import ClusterError
 from kvasir.core.pool_events import SetQuota
 from kvasir.core.request import Role
+from kvasir.store.messenger import Priority
 from tests.cluster.harness import BLOCK, Cluster, answer, cluster, expected, submission
 from tests.cluster.test_bodies import prompt_of, run_traffic, settled
 from tests.cluster.virtual_time import run_virtual
@@ -93,8 +93,8 @@ def test_a_fetch_that_stalls_is_raced_by_recompute() -> None:
             await answer(found.hub, submission("first", shared, 5))
             await asyncio.sleep(1.0)
 
-            async def stall(priority: int) -> None:
-                await asyncio.sleep(3600.0 if priority == FETCH else 0.0)
+            async def stall(priority: Priority) -> None:
+                await asyncio.sleep(3600.0 if priority is Priority.FETCH else 0.0)
 
             found.mover.fault = stall
             started = asyncio.get_running_loop().time()
@@ -129,9 +129,9 @@ def test_blocks_that_are_lost_after_computing_has_started_cost_no_token(after: i
             found.mover.block_s = 4e-3
             pieces = 0
 
-            async def cut_late(priority: int) -> None:
+            async def cut_late(priority: Priority) -> None:
                 nonlocal pieces
-                pieces += priority == FETCH
+                pieces += priority is Priority.FETCH
                 if pieces == after:
                     raise ClusterError("cut")
 
@@ -221,7 +221,7 @@ def test_traffic_over_two_nodes_with_broken_transfers_leaves_no_block_behind(
         async with cluster(roles, policy=policy, num_slots=num_slots) as found:
             rng = Random(9)
 
-            async def sometimes(priority: int) -> None:
+            async def sometimes(priority: Priority) -> None:
                 chance = rng.random()
                 if chance < 0.0003:
                     raise ClusterError("cut")

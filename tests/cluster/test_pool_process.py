@@ -16,8 +16,9 @@ import msgspec
 import pytest
 import zmq
 
+from kvasir.cluster.disk import start_disk
 from kvasir.cluster.lifeline import Lifeline, remove_runtime_directory, start_process
-from kvasir.cluster.messages import BlocksChanged, HelloPool, OrderDone, PoolReport, Shutdown
+from kvasir.cluster.messages import BlocksChanged, HelloPool, OrderDone, PeerPool, PoolReport, Shutdown
 from kvasir.cluster.pool_client import Pool, connect_pool, local_pool, open_pool
 from kvasir.cluster.pool_host import HUB, HUB_EPOCH, PoolHost
 from kvasir.cluster.pool_messages import FromPool, PoolCall, PoolReply, Resync, ToPool
@@ -28,6 +29,8 @@ from kvasir.core.errors import DeadlineExceeded, PoolError, StaleEpoch, UnknownL
 from kvasir.core.pool_events import KeyedSlot, OwnerJoined, OwnerLost, PoolStats, PutStart, ReleaseLease
 from kvasir.pool.node import PoolNode
 from kvasir.store.arena import create_arena
+from kvasir.store.messenger import PeerArena
+from kvasir.store.ssd import open_ssd
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -223,6 +226,46 @@ async def test_a_hub_that_lost_track_is_told_everything_again(host: PoolHost) ->
         running.hub.send("pool@n0", Resync())
         assert await running.told() == HelloPool("n0", NUM_SLOTS)
         assert await running.told() == BlocksChanged("n0", 1, (A, B), ())
+
+
+async def test_a_pool_that_is_reached_in_another_way_says_so_and_what_it_has_is_still_known() -> None:
+    def reached_at(port: int) -> PeerPool:
+        return PeerPool("n0", 1, f"tcp://127.0.0.1:{port}", PeerArena("n0", arena.handle, "here"))
+
+    arena = create_arena(NUM_SLOTS, slot_bytes=100)
+    ways = [reached_at(1)]
+    host = PoolHost("n0", PoolNode(NUM_SLOTS), arena, asyncio.get_running_loop().time, peer=lambda: ways[-1])
+    async with BodyInMemory(host).running() as running:
+        assert await running.told() == HelloPool("n0", NUM_SLOTS, ways[0])
+        assert await running.told() == BlocksChanged("n0", 1, (), ())
+        host.handle(OwnerJoined("p", 1))
+        await _put(local_pool(host, "p", 1, lambda: 0.0), A)
+        assert await running.told() == BlocksChanged("n0", 2, (A,), ())
+        ways.append(reached_at(2))
+        assert await running.told() == HelloPool("n0", NUM_SLOTS, ways[1])
+        assert await running.told() == BlocksChanged("n0", 1, (A,), ())
+    arena.close()
+
+
+async def test_at_an_orderly_end_what_is_not_on_the_ssd_yet_is_written_first(tmp_path: Path) -> None:
+    num_blocks = 6
+    arena = create_arena(NUM_SLOTS, slot_bytes=4096)
+    host = PoolHost("n0", PoolNode(NUM_SLOTS, ssd_slots=8, max_spilling=1), arena, asyncio.get_running_loop().time)
+    async with AsyncExitStack() as stack:
+        disk = await start_disk(host, open_ssd(tmp_path, num_slots=8, slot_bytes=4096, identity="t"), stack)
+        instances: MemoryListener[PoolCall, PoolReply] = MemoryListener(CALLS)
+        hub: MemoryListener[FromPool, ToPool] = MemoryListener(FROM_POOL)
+        channel: MemoryChannel[ToPool, FromPool] = MemoryChannel(hub, "pool@n0", TO_POOL)
+        running = asyncio.create_task(PoolBody(host, "n0", instances=instances, hub=channel, disk=disk).run())
+        await hub.recv()
+        host.handle(OwnerJoined("p", 1))
+        for number in range(num_blocks):
+            await _put(local_pool(host, "p", 1, lambda: 0.0), bytes([number]) * 16)
+        assert host.node.stats().spills_waiting, "one at a time"
+        hub.send("pool@n0", Shutdown())
+        await running
+        assert host.node.stats().ssd_published == num_blocks
+    arena.close()
 
 
 def test_changes_that_the_hub_could_not_take_are_told_later_as_the_last_word(host: PoolHost) -> None:

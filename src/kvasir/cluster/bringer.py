@@ -43,7 +43,7 @@ from kvasir.core.pool_events import (
     Reserved,
 )
 from kvasir.engine.landing import LOST
-from kvasir.store.messenger.transport import PeerArena
+from kvasir.store.messenger.transport import PeerArena, Priority
 
 READ_S = 20.0
 """No read from another node takes longer; beyond, it is given up."""
@@ -55,9 +55,6 @@ ROOM_PAUSE_S = 0.05
 
 OFFER_S = 5.0
 """How long what was received waits for the instance that asked; it is taken in the same turn."""
-
-HAND_OFF, FETCH, COPY = 0, 1, 2
-"""Whose bytes go first: a request that waits for its next token, for its first, nobody."""
 
 Pairs = Sequence[tuple[int, int]]
 """(slot there, slot here) of each block."""
@@ -72,7 +69,7 @@ class Mover(Protocol):
         pairs: Pairs,
         *,
         within_s: float,
-        priority: int,
+        priority: Priority,
         on_layer: Callable[[int], None] | None = None,
     ) -> None:
         """`pairs` are not empty. Raises ClusterError when the bytes did not come, in full and in time.
@@ -139,7 +136,7 @@ class Bringer:
     async def bring(self, want: BringBlocks) -> Leased | Refused:
         """Wait `within_s` for the planned prefix, then lease what is there; what comes later is for others."""
         filling = _Filling(f"bring#{next(self._numbers)}", want.keys[: want.blocks], want.tenant)
-        task = self._tasks.create_task(self._fill(filling, want.sources, FETCH))
+        task = self._tasks.create_task(self._fill(filling, want.sources, Priority.FETCH))
         give_up = self._clock() + want.within_s
         while not task.done() and (left_s := give_up - self._clock()) > 0.0:
             if filling.left_s(self._num_layers, self._clock()) <= want.hidden_s:
@@ -219,19 +216,19 @@ class Bringer:
     async def copy(self, source: str, keys: tuple[BlockKey, ...]) -> None:
         """Make this node another holder of a hot prefix."""
         filling = _Filling(f"copy#{next(self._numbers)}", keys)
-        await self._fill(filling, (source,), COPY)
+        await self._fill(filling, (source,), Priority.REPLICATION)
         self._release(filling.lease)
 
     # --- blocks ------------------------------------------------------------------------------------------------
 
-    async def _fill(self, filling: _Filling, sources: tuple[str, ...], priority: int) -> None:
+    async def _fill(self, filling: _Filling, sources: tuple[str, ...], priority: Priority) -> None:
         """Bring what DRAM lacks of its keys; as much as can be had.
 
         Of several that want the same block, one brings it and the others start again from what is there then.
         """
         lease, keys = filling.lease, filling.keys
         while True:
-            leased = self._host.ask(LeaseBlocks(MESSENGER, MESSENGER_EPOCH, lease, keys, filling.tenant))
+            leased = self._host.ask(self._lease(lease, keys, filling.tenant))
             assert isinstance(leased, Leased), leased
             missing = keys[len(leased.slots) :]
             if not missing or (other := self._under_way.get(missing[0])) is None:
@@ -265,7 +262,7 @@ class Bringer:
         self._publish(lease, keys, loaded.slots)
         return loaded.slots
 
-    async def _fetch(self, filling: _Filling, source: str, priority: int) -> None:
+    async def _fetch(self, filling: _Filling, source: str, priority: Priority) -> None:
         """Read blocks from another node, as far as it still has them and there is room here."""
         keys = filling.keys[len(filling.there) :]
         remote, has_come = f"{filling.lease}<{self._peers.me}", False
@@ -301,7 +298,7 @@ class Bringer:
     async def _receive(self, want: ReceiveLease) -> None:
         """A hand-off, with its partly filled last block; what of it is here already is not moved."""
         lease, peer = want.lease, self._peers.get(want.source)
-        own = self._host.handle(LeaseBlocks(MESSENGER, MESSENGER_EPOCH, lease, want.keys, want.tenant))
+        own = self._host.handle(self._lease(lease, want.keys, want.tenant))
         if not isinstance(own, Leased):
             raise ClusterError(f"cannot open lease {lease!r} here: {own}")
         num_own, slots = len(own.slots), tuple[int, ...]()
@@ -310,17 +307,17 @@ class Bringer:
                 if len(lent) != want.count:
                     raise ClusterError(f"expected {want.count} blocks, got {len(lent)}")
                 slots = await self._room(want.count - num_own)
-                await self._read(peer, list(zip(lent[num_own:], slots, strict=True)), HAND_OFF)
+                await self._read(peer, list(zip(lent[num_own:], slots, strict=True)), Priority.HAND_OFF)
         except BaseException:
             self._revoke(slots)
             self._release(lease)
             raise
         num_full = len(want.keys) - num_own
         self._publish(lease, want.keys[num_own:], slots[:num_full])
-        deadline_s = asyncio.get_running_loop().time() + OFFER_S
+        deadline_s = self._clock() + OFFER_S
         self._host.handle(OfferLease(MESSENGER, MESSENGER_EPOCH, lease, slots[num_full:], deadline_s))
 
-    async def _read(self, peer: Peer, pairs: Pairs, priority: int, on_layer: Callable[[int], None] | None = None) -> None:
+    async def _read(self, peer: Peer, pairs: Pairs, priority: Priority, on_layer: Callable[[int], None] | None = None) -> None:
         if self._mover is None:
             raise ClusterError(f"{self._peers.me} exchanges no blocks with other nodes: it was started without an address")
         if pairs:
@@ -337,6 +334,10 @@ class Bringer:
             filling.is_fetching = False
             self._host.handle(FetchDone(MESSENGER, MESSENGER_EPOCH, filling.lease, num_good))
 
+    def _lease(self, lease: str, keys: tuple[BlockKey, ...], tenant: str) -> LeaseBlocks:
+        """One of our own, on behalf of a request that looks itself."""
+        return LeaseBlocks(MESSENGER, MESSENGER_EPOCH, lease, keys, tenant, is_lookup=False)
+
     # --- slots -------------------------------------------------------------------------------------------------
 
     def _reserve(self, number: int) -> tuple[int, ...]:
@@ -346,13 +347,13 @@ class Bringer:
 
     async def _room(self, number: int) -> tuple[int, ...]:
         """All so many slots; raises ClusterError when the pool is full for long."""
-        deadline_s = asyncio.get_running_loop().time() + ROOM_S
+        deadline_s = self._clock() + ROOM_S
         while True:
             slots = self._reserve(number)
             if len(slots) == number:
                 return slots
             self._revoke(slots)
-            if asyncio.get_running_loop().time() >= deadline_s:
+            if self._clock() >= deadline_s:
                 raise ClusterError(f"no room for {number} blocks within {ROOM_S:g} s; give the node more --dram")
             await asyncio.sleep(ROOM_PAUSE_S)
 

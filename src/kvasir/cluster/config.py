@@ -17,6 +17,8 @@ from kvasir.pool.policies import EVICTIONS
 
 T = TypeVar("T")
 
+TRANSPORTS = ("shm", "tcp", "nixl")
+
 BUILTIN_MODEL = "kvasir-small"
 
 
@@ -51,6 +53,12 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
     join: Annotated[str | None, _about("HOST:PORT of a running cluster to join with this node's pool and instances.")] = None
     advertise: Annotated[str | None, _about("Address under which other nodes reach this one (default 127.0.0.1).")] = None
+    transports: Annotated[
+        str,
+        _about(
+            "How blocks of other nodes are read, best first: shm (same machine), tcp, nixl (RDMA; needs kvasir-serve[nixl])."
+        ),
+    ] = "shm,tcp"
     rack: Annotated[str, _about("Where this machine stands: nodes of one rack read blocks from each other first.")] = ""
     block_tokens: Annotated[int, _about("Tokens in a block, the unit of the KVCache pool; a multiple of 16.")] = 64
     max_model_len: Annotated[int | None, _about("Longest prompt plus output, in tokens (default: the model's own limit).")] = (
@@ -128,6 +136,10 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         return float(parse_size(self.ssd_read)) if self.ssd_bytes else 0.0
 
     @property
+    def transport_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.transports.split(","))
+
+    @property
     def advertised(self) -> str:
         return self.advertise or "127.0.0.1"
 
@@ -200,6 +212,8 @@ def _check(config: ServeConfig) -> None:
     require(config.dram_bytes > 0, f"--dram must be positive, got {config.dram}")
     require(config.ssd_bytes == 0 or config.ssd_path is not None, f"--ssd {config.ssd} needs --ssd-path DIRECTORY")
     require(config.join is None or config.listen_nodes is None, "--join and --listen-nodes exclude each other: join the head")
+    for transport in config.transport_names:
+        require(transport in TRANSPORTS, f"--transports must be some of {','.join(TRANSPORTS)}, got {config.transports!r}")
     if config.eviction is not None:
         choose("eviction", config.eviction, EVICTIONS)
     require(config.kv_events is None or config.join is None, "--kv-events: the head publishes for all nodes; give it there")

@@ -276,7 +276,8 @@ class Hub:
         """Tell every pool who else there is."""
         if self._peers.get(node) == peer:
             return
-        if (earlier := self._peers.pop(node, None)) is not None:
+        earlier = self._peers.pop(node, None)
+        if earlier is not None and (peer is None or peer.epoch != earlier.epoch):
             self._bury_peer(earlier)
         if peer is not None:
             self._peers[node] = peer

@@ -30,10 +30,10 @@ class MessengerMover:
         pairs: Pairs,
         *,
         within_s: float,
-        priority: int,
+        priority: Priority,
         on_layer: Callable[[int], None] | None = None,
     ) -> None:
         """Raises TransferError."""
         there, here = zip(*pairs, strict=True)
         deadline_s = asyncio.get_running_loop().time() + within_s
-        await self._messenger.fetch(Fetch((Source(peer, there),), here, deadline_s, Priority(priority), on_layer))
+        await self._messenger.fetch(Fetch((Source(peer, there),), here, deadline_s, priority, on_layer))

@@ -152,6 +152,7 @@ class NodeProcesses:
             runtime_directory=str(setup.directory),
             advertise=setup.advertise,
             rack=config.rack,
+            transports=config.transport_names,
             identity=setup.spec.kv_identity,
             ssd_path=config.ssd_path,
             ssd_bytes=config.ssd_bytes,

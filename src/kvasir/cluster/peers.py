@@ -10,12 +10,12 @@ import structlog
 
 from kvasir.cluster.messages import PeerPool
 from kvasir.cluster.names import pool_name
-from kvasir.cluster.pool_client import ChannelLink
+from kvasir.cluster.pool_client import ChannelLink, PoolCaller
 from kvasir.cluster.pool_messages import PoolCall, PoolReply
 from kvasir.cluster.wire import Channel, ZmqChannel
 from kvasir.core.errors import ClusterError
 from kvasir.core.keys import BlockKey
-from kvasir.core.pool_events import AdoptLease, LeaseBlocks, Leased, OwnerJoined, ReleaseLease
+from kvasir.core.pool_events import LeaseBlocks, OwnerJoined, ReleaseLease
 from kvasir.store.messenger.topology import Distance, Place, Topology
 from kvasir.store.messenger.transport import PeerArena
 
@@ -37,6 +37,7 @@ class Peer:
     def __init__(self, found: PeerPool, link: ChannelLink, me: str, epoch: int):
         self.found = found
         self._link = link
+        self._pool = PoolCaller(me, epoch, link, asyncio.get_running_loop().time)
         self._me = me
         self._epoch = epoch
 
@@ -46,15 +47,11 @@ class Peer:
 
     async def lease(self, lease: str, keys: tuple[BlockKey, ...]) -> tuple[int, ...]:
         """Slots there, of the longest prefix of `keys` that it holds in DRAM."""
-        answer = await self._link.call(LeaseBlocks(self._me, self._epoch, lease, keys))
-        assert isinstance(answer, Leased), answer
-        return answer.slots
+        return await self._pool.open(LeaseBlocks(self._me, self._epoch, lease, keys, is_lookup=False))
 
     async def adopt(self, lease: str) -> tuple[int, ...]:
         """Take a hand-off over; all its slots there, in order."""
-        answer = await self._link.call(AdoptLease(self._me, self._epoch, lease))
-        assert isinstance(answer, Leased), answer
-        return answer.slots
+        return await self._pool.adopt(lease)
 
     async def give_back(self, lease: str) -> None:
         """Close a lease. Returns only if that incarnation of the pool has known us all the time: what was read is right."""

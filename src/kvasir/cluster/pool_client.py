@@ -101,7 +101,7 @@ class PoolCaller:
         return answer.slots
 
     async def lease(self, lease: str, keys: Sequence[BlockKey], *, tenant: str = "") -> tuple[int, ...]:
-        return await self._open(LeaseBlocks(self._owner, self._epoch, lease, tuple(keys), tenant))
+        return await self.open(LeaseBlocks(self._owner, self._epoch, lease, tuple(keys), tenant))
 
     async def bring(self, lease: str, keys: Sequence[BlockKey], plan: PrefixPlan, *, tenant: str = "") -> tuple[int, ...]:
         event = BringBlocks(
@@ -115,16 +115,16 @@ class PoolCaller:
             hidden_s=plan.hidden_s,
             tenant=tenant,
         )
-        return await self._open(event, plan.within_s)
+        return await self.open(event, plan.within_s)
 
     async def adopt(self, lease: str) -> tuple[int, ...]:
-        return await self._open(AdoptLease(self._owner, self._epoch, lease))
+        return await self.open(AdoptLease(self._owner, self._epoch, lease))
 
     async def receive(
         self, lease: str, keys: Sequence[BlockKey], count: int, source: str, *, tenant: str = ""
     ) -> tuple[int, ...]:
         event = ReceiveLease(self._owner, self._epoch, lease, tuple(keys), count, source, tenant)
-        return await self._open(event, RECEIVE_S)
+        return await self.open(event, RECEIVE_S)
 
     async def offer(self, lease: str, slots: Sequence[int], ttl_s: float) -> None:
         deadline_s = self._clock() + ttl_s
@@ -140,9 +140,7 @@ class PoolCaller:
         if slots:
             self._link.tell(PutRevoke(self._owner, self._epoch, tuple(slots)))
 
-    async def _open(
-        self, event: LeaseBlocks | AdoptLease | BringBlocks | ReceiveLease, extra_s: float = 0.0
-    ) -> tuple[int, ...]:
+    async def open(self, event: LeaseBlocks | AdoptLease | BringBlocks | ReceiveLease, extra_s: float = 0.0) -> tuple[int, ...]:
         """A failed call is followed by a release at once: order makes it hit this lease and no later one of its name."""
         try:
             answer = await self._link.call(event, extra_s=extra_s)

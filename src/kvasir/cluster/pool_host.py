@@ -44,13 +44,23 @@ class PoolHost:
     `on_disk` hears of each block that is to be written to the SSD or erased there; whoever writes it says SpillDone.
     """
 
-    def __init__(self, name: str, node: PoolNode, arena: Arena, clock: Callable[[], float], *, peer: PeerPool | None = None):
+    def __init__(
+        self,
+        name: str,
+        node: PoolNode,
+        arena: Arena,
+        clock: Callable[[], float],
+        *,
+        peer: Callable[[], PeerPool | None] = lambda: None,
+    ):
+        """`peer` is how other nodes reach this pool, which may change."""
         self.node = node
         self.arena = arena
         self.on_disk: Callable[[Spill | Erase], None] = _no_ssd
         self._name = name
         self._clock = clock
         self._peer = peer
+        self._told_peer: PeerPool | None = None
         self._changed: dict[tuple[Tier, BlockKey], bool] = {}
         self._seq = 0
         self._dirty = False
@@ -97,6 +107,8 @@ class PoolHost:
 
     def tick(self) -> None:
         self.handle(PoolTick(HUB, HUB_EPOCH))
+        if not self.needs_hello and self._peer() != self._told_peer:
+            self.start_over()
 
     def changes(self) -> BlocksChanged | None:
         """What changed since `confirm_changes`, the last word on each key; None when nothing did."""
@@ -127,7 +139,8 @@ class PoolHost:
 
     def hello(self) -> HelloPool:
         """To be told before any changes when `needs_hello`."""
-        return HelloPool(self._name, self.node.num_slots, self._peer)
+        self._told_peer = self._peer()
+        return HelloPool(self._name, self.node.num_slots, self._told_peer)
 
     def confirm_hello(self) -> None:
         """The hello is on its way."""

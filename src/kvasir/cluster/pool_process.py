@@ -10,6 +10,7 @@ import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
@@ -58,12 +59,23 @@ from kvasir.store.prefault import Prefault
 from kvasir.store.ssd import SsdFile, open_ssd, places_that_fit
 from kvasir.telemetry import logs
 
+if TYPE_CHECKING:
+    from kvasir.store.messenger.nixl import NixlTransport
+
 BAD_SETUP_EXIT = 2
 """Exit status when the pool cannot start for a reason that a restart does not mend; it has said why in one line."""
 
 REPORT_S = 1.0
 TICK_S = 0.1
 CHECK_S = 5.0
+
+FLUSH_S = 3.0
+"""At an orderly end, how long to wait for blocks that are not on the SSD yet; less than the process is given to end."""
+
+FLUSH_PAUSE_S = 0.02
+
+LOW_FREE, HIGH_FREE = 64, 32
+"""With an SSD, one slot in so many is kept free: below the low mark, up to the high one, by what the SSD has too."""
 
 MAX_BRINGING = 64
 """Requests for which blocks are being brought at a time; beyond, what is in place must do."""
@@ -73,7 +85,8 @@ class PoolConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """`listen` is where instances connect, `hub` where the hub listens, which knows this process as `name`.
 
     `runtime_directory` is removed at the end when the parent is gone and cannot do it; None leaves it alone. Other nodes
-    reach this pool at `advertise` (a host name or address); None: no port is opened. `identity` names what makes a block's
+    reach this pool at `advertise` (a host name or address); None: no port is opened. It reads from theirs by `transports`, the
+    best first. `identity` names what makes a block's
     bytes what they are; the SSD tier in `ssd_path` holds blocks of no other. Eviction is by name, and by the seconds that
     `costs` says a block takes to compute.
     """
@@ -92,6 +105,7 @@ class PoolConfig(Struct, frozen=True, forbid_unknown_fields=True):
     runtime_directory: str | None = None
     advertise: str | None = None
     rack: str = ""
+    transports: tuple[str, ...] = ("shm", "tcp")
     identity: str = ""
     ssd_path: str | None = None
     ssd_bytes: int = 0
@@ -219,7 +233,17 @@ class PoolBody:
                     self._host.start_over()
                     self._flush_soon()
                 case Shutdown():
+                    await self._write_out()
                     return
+
+    async def _write_out(self) -> None:
+        """What is not on the SSD yet would have to be computed again after the restart."""
+        give_up = self._host.now + FLUSH_S
+        while (stats := self._host.node.stats()).writing or stats.spills_waiting:
+            if self._host.now >= give_up:
+                self._log.warning("ended before all was on the SSD", blocks=stats.writing + stats.spills_waiting)
+                return
+            await asyncio.sleep(FLUSH_PAUSE_S)
 
     async def _tick(self) -> None:
         while True:
@@ -294,18 +318,35 @@ async def serve(config: PoolConfig) -> None:
 
 async def _reach(
     config: PoolConfig, arena: Arena, instances: ZmqListener[PoolCall, PoolReply], stack: contextlib.AsyncExitStack
-) -> tuple[PeerPool | None, MessengerMover | None]:
+) -> tuple[Callable[[], PeerPool | None], MessengerMover | None]:
     """Be reachable for other nodes' pools, and able to read from their arenas; neither without an address."""
     if config.advertise is None:
-        return None, None
+        return lambda: None, None
     control = instances.listen_too(tcp_address(config.advertise, 0))
     server = await TcpServer.start(arena, config.advertise)
     stack.push_async_callback(server.close)
-    transports: list[Transport] = [ShmTransport(arena), TcpTransport(arena)]
+    nixl = _nixl(arena) if "nixl" in config.transports else None
+    made: dict[str, Transport | None] = {"shm": ShmTransport(arena), "tcp": TcpTransport(arena), "nixl": nixl}
+    transports = [transport for name in config.transports if (transport := made[name]) is not None]
     messenger = Messenger(config.node, transports, slot_bytes=config.slot_bytes, num_layers=config.num_layers)
     stack.push_async_callback(messenger.close)
-    here = PeerArena(config.node, arena.handle, host_identity(), tcp=server.address)
-    return PeerPool(config.node, config.epoch, control, here, config.rack), MessengerMover(messenger)
+
+    def here() -> PeerPool:
+        address = nixl.address if nixl is not None else None
+        found = PeerArena(config.node, arena.handle, host_identity(), tcp=server.address, nixl=address)
+        return PeerPool(config.node, config.epoch, control, found, config.rack)
+
+    return here, MessengerMover(messenger)
+
+
+def _nixl(arena: Arena) -> NixlTransport:
+    try:
+        from kvasir.store.messenger.nixl import NixlTransport
+    except ImportError as error:
+        raise ConfigError(
+            f"--transports nixl needs NIXL, which is not here: pip install 'kvasir-serve[nixl]' ({error})"
+        ) from None
+    return NixlTransport(arena)
 
 
 def _open_ssd(config: PoolConfig) -> SsdFile | None:
@@ -320,8 +361,16 @@ def _open_ssd(config: PoolConfig) -> SsdFile | None:
 
 
 def _brain(config: PoolConfig, ssd_slots: int) -> PoolNode:
-    ssd_eviction = _eviction(config) if ssd_slots else None
-    return PoolNode(config.num_slots, _eviction(config), ssd_slots=ssd_slots, ssd_eviction=ssd_eviction)
+    if not ssd_slots:
+        return PoolNode(config.num_slots, _eviction(config))
+    return PoolNode(
+        config.num_slots,
+        _eviction(config),
+        ssd_slots=ssd_slots,
+        ssd_eviction=_eviction(config),
+        low_free=config.num_slots // LOW_FREE,
+        high_free=config.num_slots // HIGH_FREE,
+    )
 
 
 def _eviction(config: PoolConfig) -> Eviction:

@@ -94,12 +94,14 @@ class PutRevoke(PoolEvent, frozen=True):
 class LeaseBlocks(PoolEvent, frozen=True):
     """Open a lease over the longest published prefix of `keys`; answered by Leased.
 
-    What is published under the lease counts for `tenant`; that tenants do not hit each other's blocks is up to the keys.
+    What is published under the lease counts for `tenant`; that tenants do not hit each other's blocks is up to the keys. Only
+    a request's own `is_lookup` counts in `lookups` and `hits`: not what the pool's body opens to bring blocks for it.
     """
 
     lease: str
     keys: tuple[BlockKey, ...]
     tenant: str = ""
+    is_lookup: bool = True
 
 
 class ReleaseLease(PoolEvent, frozen=True):
@@ -341,13 +343,14 @@ class TenantStats(Struct, frozen=True):
 class PoolStats(Struct, frozen=True):
     """Counts since the start, and the state now, in slots.
 
+    Of the blocks that requests looked up (`lookups`), `hits` were in DRAM, those included that were brought there for them.
     `evictions` of DRAM blocks are counted whatever the reason, `quota_evictions` and `demotions` of them apart. `tenants` are
     those that are named anywhere, by name, once the first one is. `over_quota` counts blocks that stayed private.
     `fetching` slots are being filled from other nodes; `fetched` and `failed_fetches` count blocks.
     Of the SSD: `ssd_published` blocks can be read, `writing` are being written; `spilling` and `loading` are DRAM slots
     that a write (of a block evicted meanwhile) or a read keeps; `spills_waiting` blocks wait to be written. `spilled`,
-    `loaded`, `failed_spills`, `failed_loads` and `ssd_evictions` count blocks; `ssd_hits` those that a lease found on the
-    SSD only; `dropped` those that went before they had been written.
+    `loaded`, `failed_spills`, `failed_loads` and `ssd_evictions` count blocks; `ssd_hits` those that a lookup
+    found on the SSD only; `dropped` those that went before they had been written.
     """
 
     slots: int = 0

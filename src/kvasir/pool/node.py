@@ -357,8 +357,9 @@ class PoolNode:
         if event.lease in self._leases:
             return self._refuse("lease_exists", f"lease {event.lease!r} is open already")
         slots = self._slots.pin_prefix(event.keys, now)
-        self._counters.lookups += len(event.keys)
-        self._counters.hits += len(slots)
+        if event.is_lookup:
+            self._counters.lookups += len(event.keys)
+            self._counters.hits += len(slots)
         self._leases[event.lease] = Lease(event.owner, slots, slots.copy(), tenant=event.tenant)
         if event.tenant and self._retention is None:
             self._retain()
@@ -366,7 +367,8 @@ class PoolNode:
         if self._ssd is None:
             return [Leased(event.lease, tuple(slots))]
         on_ssd = len(self._ssd.prefix(event.keys[len(slots) :]))
-        self._ssd.counters.ssd_hits += on_ssd
+        if event.is_lookup:
+            self._ssd.counters.ssd_hits += on_ssd
         return [Leased(event.lease, tuple(slots), on_ssd)]
 
     def _release(self, owner: Owner, event: ReleaseLease, now: float) -> list[PoolAnswer]:
