@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,12 +57,12 @@ class Node:
 
 
 @contextmanager
-def joined(address: str, checkpoint: Path, **changes: Any) -> Iterator[Node]:
-    """Killed with all its processes at the end."""
+def joined(address: str, checkpoint: Path, *, within: Sequence[str] = (), **changes: Any) -> Iterator[Node]:
+    """Killed with all its processes at the end; `within` is a command that runs it, as in another network."""
     values = settings(checkpoint, join=address, **changes)
     model = values.pop("model")
     flags = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, "-m", "kvasir.cli.main", "serve", model, *flags]
+    command = [*within, sys.executable, "-m", "kvasir.cli.main", "serve", model, *flags]
     log = checkpoint.parent / f"{time.monotonic_ns()}.log"
     with log.open("wb") as stderr:
         process = subprocess.Popen(command, stderr=stderr, start_new_session=True)
