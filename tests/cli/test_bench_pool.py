@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from kvasir.cli.bench.pool_memory import KIB, measure_directory, measure_pool
-from kvasir.cli.bench.pool_transfer import measure
+from kvasir.cli.bench.pool_memory import measure_directory, measure_pool
+from kvasir.cli.bench.pool_peers import PeerRuns
+from kvasir.cli.bench.pool_transfer import Measured, measure
+from kvasir.cli.bench.sizes import KIB
 from kvasir.cli.main import make_app
 from kvasir.core.errors import ConfigError
 
@@ -47,3 +49,28 @@ def test_the_report_has_every_figure_and_says_why_one_is_missing(monkeypatch: py
         assert found[name]["64 KiB"] > 0.0
     assert {"match_us", "insert_us", "bytes_per_entry"} <= found.keys()
     assert found["ssd_not_measured"] == "no direct I/O here"
+
+
+def fake_python(directory: Path, body: str) -> Path:
+    python = directory / "python"
+    python.write_text(f"#!/bin/sh\n{body}\n")
+    python.chmod(0o755)
+    return python
+
+
+def test_ours_is_compared_with_a_peer_round_by_round_where_both_were_measured(tmp_path: Path) -> None:
+    run = PeerRuns("mooncake_transfer")
+    for speed in (2.0, 4.0, 1.0):
+        run.run(fake_python(tmp_path, f"""echo log; echo '{{"put 64 KiB": {speed}, "put_batch16 64 KiB": 9}}'"""), 1)
+    ours = [Measured("tcp_put", 64 * KIB, (3.0, 4.0, 5.0)), Measured("shm_put", 64 * KIB, (9.0, 9.0, 9.0))]
+    assert run.ours_over(ours) == {"put 64 KiB": 1.5}
+    assert run.medians()["put 64 KiB"] == 2.0
+
+
+@pytest.mark.parametrize("body", ["exit 3", "exec /nowhere/python"])
+def test_a_peer_that_is_not_installed_is_said_and_not_tried_again(tmp_path: Path, body: str) -> None:
+    run = PeerRuns("redis_transfer")
+    run.run(fake_python(tmp_path, body), 1)
+    assert run.failure.startswith("did not run: exit status")
+    run.run(fake_python(tmp_path, "echo '{}'"), 1)
+    assert not run.rounds

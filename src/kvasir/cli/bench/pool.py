@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,14 +16,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvasir.cli.bench.pool_memory import MIB, measure_directory, measure_pool
+from kvasir.cli.bench.pool_memory import measure_directory, measure_pool
+from kvasir.cli.bench.pool_peers import PEERS, PeerRuns
 from kvasir.cli.bench.pool_ssd import measure_ssd
-from kvasir.cli.bench.pool_transfer import measure, ratios
+from kvasir.cli.bench.pool_transfer import Measured, measure, ratios
+from kvasir.cli.bench.sizes import MIB, size_name
 from kvasir.core.errors import ConfigError
 from kvasir.telemetry import logs
 
-PEERS = ("mooncake_transfer", "mooncake_store", "nixl_transfer", "redis_transfer")
-PEER_S = 300.0
+TRANSFER_MIB = 512
 QUICK = 4
 """By how much less is moved with --quick."""
 
@@ -50,16 +50,14 @@ def pool(
         raise ConfigError(f"--directory: {directory} is not a directory")
     logs.setup("warning", json=False)
     console = Console(stderr=True, quiet=as_json)
-    found = _measured(directory, 1 if quick else rounds, QUICK if quick else 1, console)
-    if peers is not None:
-        found["peers_gb_per_s"] = {name: _peer(peers, name, console) for name in PEERS}
+    found = _measured(directory, peers, 1 if quick else rounds, QUICK if quick else 1, console)
     if as_json:
         print(json.dumps(found, indent=2))
     else:
         _show(found)
 
 
-def _measured(directory: Path, rounds: int, less: int, console: Console) -> dict[str, Any]:
+def _measured(directory: Path, peers: Path | None, rounds: int, less: int, console: Console) -> dict[str, Any]:
     found: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}",
@@ -68,9 +66,9 @@ def _measured(directory: Path, rounds: int, less: int, console: Console) -> dict
     with console.status("put and get in one process"):
         speeds = measure_pool(working_set=256 * MIB // less, rounds=rounds)
     for name in ("put", "get"):
-        found[f"shm_{name}_over_memcpy"] = {_size(s.block_bytes): s.over_memcpy(getattr(s, name)) for s in speeds}
-    with console.status("transfers between two processes"):
-        moved = measure(working_set=512 * MIB // less, rounds=rounds)
+        found[f"shm_{name}_over_memcpy"] = {size_name(s.block_bytes): s.over_memcpy(getattr(s, name)) for s in speeds}
+    runs = [PeerRuns(name) for name in PEERS] if peers is not None else []
+    moved = _transfers(runs, peers, rounds, TRANSFER_MIB // less, console)
     over = ratios(moved)
     found["tcp_put_over_socket"] = over["tcp_put_over_socket"]
     found["tcp_get_over_socket"] = over["tcp_get_over_socket"]
@@ -85,12 +83,29 @@ def _measured(directory: Path, rounds: int, less: int, console: Console) -> dict
         "remove_us": index.remove_us,
         "bytes_per_entry": index.bytes_per_entry,
     }
-    found["gb_per_s"] = {f"{m.name}, {_size(m.nbytes)}": round(m.median, 3) for m in moved} | {
-        f"{name}, {_size(s.block_bytes)}": round(sorted(rates)[len(rates) // 2], 3)
+    found["gb_per_s"] = {f"{m.name}, {size_name(m.nbytes)}": round(m.median, 3) for m in moved} | {
+        f"{name}, {size_name(s.block_bytes)}": round(sorted(rates)[len(rates) // 2], 3)
         for s in speeds
         for name, rates in (("pool put", s.put), ("pool get", s.get))
     }
+    if runs:
+        found["ours_over_peers"] = {run.name: run.failure or run.ours_over(moved) for run in runs}
+        found["peers_gb_per_s"] = {run.name: run.failure or run.medians() for run in runs}
     return found
+
+
+def _transfers(runs: list[PeerRuns], peers: Path | None, rounds: int, mib: int, console: Console) -> list[Measured]:
+    """Ours and the peers' in turn, so that a busy machine is busy for all of them."""
+    moved: dict[tuple[str, int], tuple[float, ...]] = {}
+    for number in range(rounds):
+        with console.status(f"transfers between two processes, round {number + 1} of {rounds}"):
+            for one in measure(working_set=mib * MIB, rounds=1):
+                moved[one.name, one.nbytes] = (*moved.get((one.name, one.nbytes), ()), *one.rounds)
+        for run in runs:
+            with console.status(f"{run.name}, round {number + 1} of {rounds}"):
+                assert peers is not None, "there are runs of peers only with their Python"
+                run.run(peers, mib)
+    return [Measured(name, nbytes, all_rounds) for (name, nbytes), all_rounds in moved.items()]
 
 
 def _ssd(directory: Path, rounds: int, less: int) -> dict[str, Any]:
@@ -102,7 +117,7 @@ def _ssd(directory: Path, rounds: int, less: int) -> dict[str, Any]:
         return {"ssd_not_measured": str(error)}
     return {
         f"ssd_{direction}_over_direct": {
-            _size(figure.block_bytes): round(figure.over_direct, 3) for figure in figures if figure.direction == direction
+            size_name(figure.block_bytes): round(figure.over_direct, 3) for figure in figures if figure.direction == direction
         }
         for direction in ("write", "read")
     }
@@ -112,25 +127,6 @@ def _ssd(directory: Path, rounds: int, less: int) -> dict[str, Any]:
 def _scratch(directory: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="kvasir-bench-", dir=directory) as scratch:
         yield Path(scratch)
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes // MIB} MiB" if num_bytes >= MIB else f"{num_bytes // 1024} KiB"
-
-
-def _peer(python: Path, name: str, console: Console) -> dict[str, float] | str:
-    """GB/s by way and size; why not, where the peer is not installed or fails."""
-    with console.status(name):
-        try:
-            done = subprocess.run(
-                [str(python), "-m", f"benchmarks.peers.{name}", "512"], capture_output=True, timeout=PEER_S, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return f"did not run: {error}"
-    if done.returncode:
-        return f"did not run: exit status {done.returncode}"
-    speeds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return speeds
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -148,5 +144,5 @@ def _show(found: dict[str, Any]) -> None:
     )
     if (reason := found.get("ssd_not_measured")) is not None:
         console.print(f"the SSD tier was not measured: {reason}")
-    for name, speeds in found.get("peers_gb_per_s", {}).items():
-        console.print(f"{name}: {speeds}")
+    for name, ratio in found.get("ours_over_peers", {}).items():
+        console.print(f"over {name}: {ratio}")

@@ -14,11 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from kvasir.cli.bench.sizes import MIB, SIZES
 from kvasir.pool.directory import BlockDirectory
 from kvasir.store.mempool import MemPool
-
-KIB, MIB = 1 << 10, 1 << 20
-SIZES = (64 * KIB, MIB, 16 * MIB)
 
 NODES = 64
 BLOCKS = 1_000_000

@@ -17,14 +17,13 @@ from multiprocessing.connection import Connection
 import numpy as np
 import uvloop
 
+from kvasir.cli.bench.sizes import MIB, SIZES, size_name
 from kvasir.store.arena import Arena, create_arena, open_arena
 from kvasir.store.messenger import PeerArena, ShmTransport, SpanPair, TcpServer, TcpTransport, host_identity
 from kvasir.store.messenger.shm import copy_pieces
 from kvasir.store.messenger.spans import cut
 
-KIB, MIB = 1 << 10, 1 << 20
 SLOT_BYTES = 16 * MIB
-SIZES = (64 * KIB, MIB, 16 * MIB)
 BATCH = 16
 WAIT_S = 60.0
 
@@ -60,21 +59,17 @@ def measure(*, working_set: int = 512 * MIB, rounds: int = 5, sizes: tuple[int, 
 
 
 def ratios(measured: list[Measured]) -> dict[str, dict[str, float]]:
-    """Ratio name → size in KiB → median over the rounds of ours over the limit measured in the same round."""
+    """Ratio name → size → median over the rounds of ours over the limit measured in the same round."""
     by_name = {(m.name, m.nbytes): m.rounds for m in measured}
     result: dict[str, dict[str, float]] = {}
     for ours, limit in (("tcp_put", "socket_put"), ("tcp_get", "socket_get"), ("shm_put", "memcpy"), ("shm_get", "memcpy")):
         over = f"{ours}_over_{limit.partition('_')[0]}"
         result[over] = {
-            _size(nbytes): round(statistics.median(a / b for a, b in zip(mine, by_name[limit, nbytes], strict=True)), 3)
+            size_name(nbytes): round(statistics.median(a / b for a, b in zip(mine, by_name[limit, nbytes], strict=True)), 3)
             for (name, nbytes), mine in by_name.items()
             if name == ours
         }
     return result
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes // MIB} MiB" if nbytes >= MIB else f"{nbytes // KIB} KiB"
 
 
 async def _measure(working_set: int, rounds: int, sizes: tuple[int, ...]) -> list[Measured]:
