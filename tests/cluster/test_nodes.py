@@ -34,7 +34,21 @@ def test_a_hand_off_crosses_to_another_node(length: int) -> None:
         async with cluster(ACROSS) as found:
             prompt = prompt_of(1, length)
             assert await answer(found.hub, submission("r", prompt, 40)) == (expected(prompt, 40), 0)
-            assert found.mover.reads == [("node0", "node1", -(-length // BLOCK))]
+            assert sum(count for _, _, count in found.mover.reads) == -(-length // BLOCK), "each block once"
+            assert {way[:2] for way in found.mover.reads} == {("node0", "node1")}
+            await settled(found)
+
+    run_virtual(scenario())
+
+
+def test_blocks_follow_while_the_prefill_runs_so_that_its_last_chunk_is_what_a_hand_off_waits_for() -> None:
+    async def scenario() -> None:
+        async with cluster(ACROSS) as found:
+            prompt = prompt_of(4, 400)
+            assert await answer(found.hub, submission("r", prompt, 10)) == (expected(prompt, 10), 0)
+            *followed, (_, _, last) = found.mover.reads
+            assert sum(count for _, _, count in followed) >= (400 - 64) // BLOCK - 1
+            assert last <= 64 // BLOCK + 1, "a chunk has 64 tokens"
             await settled(found)
 
     run_virtual(scenario())

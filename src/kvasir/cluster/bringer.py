@@ -19,7 +19,7 @@ import structlog
 
 from kvasir.cluster.peers import Peer, Peers
 from kvasir.cluster.pool_host import MESSENGER, MESSENGER_EPOCH, PoolHost
-from kvasir.cluster.pool_messages import BringBlocks, ReceiveLease
+from kvasir.cluster.pool_messages import BringBlocks, CopyBlocks, ReceiveLease
 from kvasir.core.errors import ClusterError, KvasirError
 from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import (
@@ -213,28 +213,19 @@ class Bringer:
         assert isinstance(answer, Leased | Refused), answer
         return answer
 
-    async def copy(self, source: str, keys: tuple[BlockKey, ...]) -> None:
-        """Make this node another holder of a hot prefix."""
-        filling = _Filling(f"copy#{next(self._numbers)}", keys)
-        await self._fill(filling, (source,), Priority.REPLICATION)
+    async def copy(self, want: CopyBlocks) -> None:
+        """Make this node another holder of a prefix."""
+        filling = _Filling(f"copy#{next(self._numbers)}", want.keys, want.tenant)
+        await self._fill(filling, (want.source,), want.priority)
         self._release(filling.lease)
 
     # --- blocks ------------------------------------------------------------------------------------------------
 
     async def _fill(self, filling: _Filling, sources: tuple[str, ...], priority: Priority) -> None:
-        """Bring what DRAM lacks of its keys; as much as can be had.
-
-        Of several that want the same block, one brings it and the others start again from what is there then.
-        """
+        """Bring what DRAM lacks of its keys; as much as can be had."""
         lease, keys = filling.lease, filling.keys
-        while True:
-            leased = self._host.ask(self._lease(lease, keys, filling.tenant))
-            assert isinstance(leased, Leased), leased
-            missing = keys[len(leased.slots) :]
-            if not missing or (other := self._under_way.get(missing[0])) is None:
-                break
-            self._release(lease)
-            await asyncio.wait({other}, timeout=READ_S)
+        leased = await self._lease(lease, keys, filling.tenant)
+        missing = keys[len(leased.slots) :]
         if not missing:
             return
         filling.there = leased.slots
@@ -298,9 +289,7 @@ class Bringer:
     async def _receive(self, want: ReceiveLease) -> None:
         """A hand-off, with its partly filled last block; what of it is here already is not moved."""
         lease, peer = want.lease, self._peers.get(want.source)
-        own = self._host.handle(self._lease(lease, want.keys, want.tenant))
-        if not isinstance(own, Leased):
-            raise ClusterError(f"cannot open lease {lease!r} here: {own}")
+        own = await self._lease(lease, want.keys, want.tenant)
         num_own, slots = len(own.slots), tuple[int, ...]()
         try:
             async with _lent(peer, lease, peer.adopt(lease)) as lent:
@@ -334,9 +323,21 @@ class Bringer:
             filling.is_fetching = False
             self._host.handle(FetchDone(MESSENGER, MESSENGER_EPOCH, filling.lease, num_good))
 
-    def _lease(self, lease: str, keys: tuple[BlockKey, ...], tenant: str) -> LeaseBlocks:
-        """One of our own, on behalf of a request that looks itself."""
-        return LeaseBlocks(MESSENGER, MESSENGER_EPOCH, lease, keys, tenant, is_lookup=False)
+    async def _lease(self, lease: str, keys: tuple[BlockKey, ...], tenant: str) -> Leased:
+        """One of our own, on behalf of a request that looks itself. Raises ClusterError when it is open already.
+
+        Of several that want the same block, one brings it and the others start again from what is there then.
+        """
+        event = LeaseBlocks(MESSENGER, MESSENGER_EPOCH, lease, keys, tenant, is_lookup=False)
+        while True:
+            leased = self._host.ask(event)
+            if not isinstance(leased, Leased):
+                raise ClusterError(f"cannot open lease {lease!r} here: {leased}")
+            missing = keys[len(leased.slots) :]
+            if not missing or (other := self._under_way.get(missing[0])) is None:
+                return leased
+            self._release(lease)
+            await asyncio.wait({other}, timeout=READ_S)
 
     # --- slots -------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ from kvasir.cluster.names import pool_name
 from kvasir.cluster.pool_host import HUB, HUB_EPOCH
 from kvasir.cluster.pool_messages import CopyBlocks, PeersChanged, Resync
 from kvasir.cluster.service import ClusterStatus, InstanceStatus, Output, Rejected, RequestFailed, Submission
+from kvasir.cluster.streams import HandOffStreams
 from kvasir.core import commands
 from kvasir.core.commands import Cancel, Candidate, Decision, Decode, Fail, Prefill, Reject, SetRole, ShareCores
 from kvasir.core.errors import RequestError
@@ -64,6 +65,7 @@ from kvasir.core.request import Request, Role
 from kvasir.core.tier import Tier
 from kvasir.engine.interface import ModelSpec, SampledToken
 from kvasir.scheduling.conductor import Conductor
+from kvasir.store.messenger.transport import Priority
 
 TICK_S = 1.0
 HEARTBEAT_DEADLINE_S = 20.0
@@ -140,6 +142,7 @@ class Hub:
         self._pools: dict[str, PoolStats] = {}
         self._reports: dict[str, PoolReport] = {}
         self._peers: dict[str, PeerPool] = {}
+        self._streams = HandOffStreams()
         self._counters: Counter[str] = Counter()
         self._num_runs = 0
         self._drawn: Counter[str] = Counter()  # tokens by instance
@@ -193,6 +196,7 @@ class Hub:
             if self._live.get(request_id) is live:
                 self._apply(Aborted(request_id))
                 self._live.pop(request_id, None)
+            self._streams.end(request_id)
 
     async def _next(self, live: _Live) -> Output:
         """The next output of a request. Raises Rejected, or RequestFailed also when the request's time is over."""
@@ -271,6 +275,10 @@ class Hub:
         self._apply(BlocksStored(node, first + 1, changes.stored))
         self._apply(BlocksRemoved(node, first + 2, changes.ssd_removed, Tier.SSD))
         self._apply(BlocksStored(node, first + 3, changes.ssd_stored, Tier.SSD))
+        if changes.stored:
+            holders = self._conductor.directory.holders
+            for new in self._streams.stored(node, lambda key: node in holders(key)):
+                self._send(pool_name(new.target), CopyBlocks(node, new.keys, Priority.HAND_OFF, new.tenant))
 
     def _introduce(self, node: str, peer: PeerPool | None) -> None:
         """Tell every pool who else there is."""
@@ -375,6 +383,7 @@ class Hub:
 
     def _prefill_done(self, live: _Live, instance: str) -> None:
         live.prefilled = True
+        self._streams.end(live.submission.request_id)
         cached = live.cached or 0
         self._computed[instance] += len(live.submission.prompt) - cached
         self._apply(PrefillDone(live.submission.request_id, instance, cached))
@@ -434,7 +443,18 @@ class Hub:
         live.prefilled = False
         live.node = self.node_of(instance)
         phase = Phase.BOTH if command.decode == instance else Phase.PREFILL
+        self._stream(command, live)
         self._run(command.request_id, instance, phase, rank=command.rank, prefix=self._prefix_plan(command.candidate, live))
+
+    def _stream(self, command: Prefill, live: _Live) -> None:
+        """Let the blocks follow to whoever is to decode, where that is another node; who decodes may change at the end."""
+        self._streams.end(command.request_id)
+        decode = self._instances.get(command.decode)
+        if decode is not None and decode.info.node != live.node:
+            cached = command.candidate.prefix_tokens // self._spec.block_tokens
+            self._streams.begin(
+                command.request_id, live.node, decode.info.node, live.keys, cached=cached, tenant=live.submission.tenant
+            )
 
     def _prefix_plan(self, candidate: Candidate, live: _Live) -> PrefixPlan | None:
         """What to bring to DRAM first, from whoever has it; None when what is there is all that is wanted."""

@@ -21,6 +21,7 @@ from kvasir.core.pool_events import (
     Reserved,
 )
 from kvasir.store.arena import ArenaHandle
+from kvasir.store.messenger.transport import Priority
 
 
 class BringBlocks(PoolEvent, frozen=True):
@@ -85,10 +86,12 @@ class PeersChanged(Message, frozen=True):
 
 
 class CopyBlocks(Message, frozen=True):
-    """Hub to pool: fetch these blocks, a prefix in order, from node `source`; best effort."""
+    """Hub to pool: fetch these blocks, a prefix in order, from node `source`; best effort. They count for `tenant`."""
 
     source: str
     keys: tuple[BlockKey, ...]
+    priority: Priority = Priority.REPLICATION
+    tenant: str = ""
 
 
 ToPool = OwnerLost | ReleaseLease | Resync | PeersChanged | CopyBlocks | AnyOrder | Shutdown

@@ -223,9 +223,9 @@ class PoolBody:
                     self._flush_soon()
                 case PeersChanged(peers=peers):
                     self._peers.update(peers)
-                case CopyBlocks(source=source, keys=keys):
+                case CopyBlocks() as event:
                     if self._num_bringing < MAX_BRINGING:
-                        self._tasks.create_task(self._bringer.copy(source, keys))
+                        self._tasks.create_task(self._bringer.copy(event))
                 case Order() as order:
                     self._hub.send(carry_out(order, self._host, self._node))
                     self._flush_soon()
