@@ -128,6 +128,10 @@ def test_blocks_move_to_another_pool_and_appear_there_complete(pool: MemPool) ->
         assert np.array_equal(other.get(key(2)), value(2))
         other.check()
         assert other.stats().published == 2
+        for wrong in ([b"short"], [key(3), key(4)]):
+            with pytest.raises(PoolError, match=r"key of 5 bytes|2 keys for 1 addresses"):
+                pool.transfer_with_insert(other, wrong, [0])
+        assert other.stats().reserved == 0
     with MemPool(num_blocks=4, block_bytes=64) as small, pytest.raises(PoolError, match="do not fit each other"):
         pool.transfer_with_insert(small, [key(1)], [0])
 
@@ -223,8 +227,15 @@ def test_no_byte_is_ever_wrong_and_what_is_on_the_ssd_survives(
     pool.close()
 
 
-def test_the_example_runs() -> None:
-    example = Path(__file__).parents[2] / "examples" / "pool_numpy.py"
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("pool_numpy.py", "after a restart 4 blocks are back"),
+        ("pool_two_processes.py", "decode has 8 blocks; they begin with [0, 1, 2, 3, 4, 5, 6, 7]"),
+    ],
+)
+def test_the_examples_run(name: str, told: str) -> None:
+    example = Path(__file__).parents[2] / "examples" / name
     done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert "after a restart 4 blocks are back" in done.stdout
+    assert told in done.stdout

@@ -1,4 +1,4 @@
-"""The pool as a library: MemServe's MemPool (arXiv 2406.17565, section 4) and the Mooncake store's calls, in one process.
+"""The pool as a library: MemServe's MemPool (arXiv 2406.17565, section 4) and the Mooncake store's calls.
 
     with MemPool(num_blocks=1024, block_bytes=1 << 20) as pool:
         pool.put(key, array)                     one copy, then readable by everybody
@@ -8,7 +8,8 @@
 
 An *address* is a slot of the arena; block i of a sequence lies at one. A *key* is 16 bytes and names a block together with all
 before it (`kvasir.core.keys.block_keys` makes keys from tokens). Every call may be made from any thread. The brain is the
-PoolNode that serves in a cluster, with its leases, eviction and SSD tier; no model and no torch is needed.
+PoolNode that serves in a cluster, with its leases, eviction and SSD tier; no model and no torch is needed. With `listen` other
+processes and machines can use the pool as a RemotePool (store/remote_pool.py).
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ from kvasir.core.tier import Tier
 from kvasir.pool.eviction import Eviction
 from kvasir.pool.node import PoolNode
 from kvasir.store.arena import create_arena
+from kvasir.store.messenger import PeerArena, host_identity
+from kvasir.store.pool_server import PoolServer
+from kvasir.store.remote_pool import Receiver
 from kvasir.store.ssd import SsdOutcome, SsdRead, SsdWrite, open_ssd
 
 Bytes = npt.NDArray[np.uint8]
@@ -112,8 +116,12 @@ class MemPool:
         ssd_blocks: int = 0,
         identity: str = "library",
         eviction: Eviction | None = None,
+        listen: str | None = None,
     ):
-        """`ssd_path` is a directory; what is on its SSD tier is there after a restart, if `identity` is the same."""
+        """`ssd_path` is a directory; what is on its SSD tier is there after a restart, if `identity` is the same.
+
+        `listen` is HOST:PORT, where others reach this machine; port 0 lets the system choose (see `address`).
+        """
         self.block_bytes = block_bytes
         self._arena = create_arena(num_blocks, block_bytes)
         self._file = None
@@ -130,6 +138,13 @@ class MemPool:
             self._handle(SsdFound(ME, EPOCH, tuple(self._file.recover())))
             self._writer = threading.Thread(target=self._write_out, name="mempool-ssd", daemon=True)
             self._writer.start()
+        self._server: PoolServer | None = None
+        if listen is not None:
+            try:
+                self._server = PoolServer(self, self._arena, listen)
+            except BaseException:
+                self.close()
+                raise
 
     def __enter__(self) -> Self:
         return self
@@ -141,6 +156,8 @@ class MemPool:
         """Write out what is due, then let go of memory and files. Views of blocks stay readable as long as they are held."""
         if self._closed:
             return
+        if self._server is not None:
+            self._server.close()
         if self._file is not None:
             self.flush()
         with self._changed:
@@ -206,23 +223,27 @@ class MemPool:
             rest = self._checked(keys)[len(found) : len(found) + found.on_ssd]
             return len(found) + self._load(found.lease, rest)
 
-    def transfer(self, to: MemPool, source: Sequence[int], target: Sequence[int]) -> None:
-        """Copy blocks into another pool's memory, which the receiver has allocated."""
+    def transfer(self, to: Receiver, source: Sequence[int], target: Sequence[int]) -> None:
+        """Copy blocks into another pool's memory, which `to.alloc` gave. The source must stay as it is meanwhile."""
         if to.block_bytes != self.block_bytes or len(source) != len(target):
             sizes = f"{len(source)} of {self.block_bytes} bytes to {len(target)} of {to.block_bytes}"
             raise PoolError(f"blocks do not fit each other: {sizes}")
-        for there, here in zip(source, target, strict=True):
-            np.copyto(to.block(here), self.block(there))
+        to.receive(self, source, target)
 
-    def transfer_with_insert(self, to: MemPool, keys: Sequence[BlockKey], source: Sequence[int]) -> None:
+    def transfer_with_insert(self, to: Receiver, keys: Sequence[BlockKey], source: Sequence[int]) -> None:
         """Copy blocks to another pool, which allocates them; they appear there under their keys when all are complete."""
         target = to.alloc(len(source))
         try:
             self.transfer(to, source, target)
+            to.insert(keys, target)
         except BaseException:
             to.free(target)
             raise
-        to.insert(keys, target)
+
+    def receive(self, giver: MemPool, source: Sequence[int], target: Sequence[int]) -> None:
+        """The receiver's part of `transfer`: copy the giver's blocks `source` into allocated blocks `target` here."""
+        for there, here in zip(source, target, strict=True):
+            np.copyto(self.block(here), giver.block(there))
 
     # --- the Mooncake store's calls: objects -------------------------------------------------------------------
 
@@ -262,7 +283,7 @@ class MemPool:
                 return Tier.DRAM
             return Tier.SSD if found.on_ssd else None
 
-    def change_replica(self, key: BlockKey, holders: Sequence[MemPool]) -> None:
+    def change_replica(self, key: BlockKey, holders: Sequence[Receiver]) -> None:
         """Make each of these pools hold a copy of the block."""
         with self._found(key) as found:
             for pool in holders:
@@ -275,6 +296,17 @@ class MemPool:
         return self.match(keys)
 
     # --- looking at it -----------------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> str | None:
+        """HOST:PORT for the RemotePools of others; None without `listen`."""
+        return self._server.address if self._server is not None else None
+
+    @property
+    def peer(self) -> PeerArena:
+        """Where other processes find the memory: by shared memory on this machine, over TCP with `listen`."""
+        data_address = self._server.data_address if self._server is not None else None
+        return PeerArena(f"process-{self._arena.handle.pid}", self._arena.handle, host_identity(), tcp=data_address)
 
     def stats(self) -> PoolStats:
         with self._changed:

@@ -26,12 +26,23 @@ MAX_PIECES = 1024
 MAX_MAPPED = 64
 """Arenas of other processes that stay mapped."""
 
+LOOK_S = 5.0
+"""How often arenas are looked for whose process ended or closed them: mapped here, they would keep their memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Mapped:
     arena: Arena
     file: tuple[int, int]
     """Device and inode: they tell the arena from another file under the same descriptor of the same or a recycled pid."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether its process still has it."""
+        try:
+            return _file_of(self.arena.handle) == self.file
+        except OSError:
+            return False
 
 
 class ShmTransport:
@@ -43,7 +54,8 @@ class ShmTransport:
         self._arena = arena
         self._host = host_identity()
         self._mapped: OrderedDict[bytes, _Mapped] = OrderedDict()
-        self._clock = asyncio.get_running_loop().time
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
         self._is_open = True
 
     def reaches(self, peer: PeerArena) -> bool:
@@ -68,19 +80,23 @@ class ShmTransport:
                 await asyncio.sleep(0)
                 self._require_time(deadline_s)
             copy_pieces(mapped.arena, self._arena, chunk)
-            _require_there(peer.arena, mapped)
+            if not mapped.is_there:
+                why = f"the arena of process {peer.arena.pid} is gone; was the pool restarted?"  # what was read is void
+                raise TransferError(why, cause="stale_arena")
             if on_part is not None:
                 on_part(chunk.whole)
 
     async def close(self) -> None:
         """Ends all reads: they raise TransferError (cut)."""
         self._is_open = False
+        if self._timer is not None:
+            self._timer.cancel()
         self._mapped.clear()
 
     def _require_time(self, deadline_s: float) -> None:
         if not self._is_open:
             raise TransferError("the transport was closed", cause="cut")
-        if self._clock() >= deadline_s:
+        if self._loop.time() >= deadline_s:
             raise TransferError("a copy within this machine outlived its deadline", cause="stalled")
 
     def _map(self, peer: PeerArena) -> _Mapped:
@@ -95,7 +111,14 @@ class ShmTransport:
         self._mapped[peer.arena.id] = mapped
         if len(self._mapped) > MAX_MAPPED:
             self._mapped.popitem(last=False)
+        if self._timer is None:
+            self._timer = self._loop.call_later(LOOK_S, self._unmap_gone)
         return mapped
+
+    def _unmap_gone(self) -> None:
+        for arena_id in [arena_id for arena_id, mapped in self._mapped.items() if not mapped.is_there]:
+            del self._mapped[arena_id]
+        self._timer = self._loop.call_later(LOOK_S, self._unmap_gone) if self._mapped else None
 
 
 def copy_pieces(source: Arena, target: Arena, chunk: Slice) -> None:
@@ -108,13 +131,3 @@ def copy_pieces(source: Arena, target: Arena, chunk: Slice) -> None:
 def _file_of(handle: ArenaHandle) -> tuple[int, int]:
     status = os.stat(f"/proc/{handle.pid}/fd/{handle.fd}")
     return status.st_dev, status.st_ino
-
-
-def _require_there(handle: ArenaHandle, mapped: _Mapped) -> None:
-    """Raises TransferError when the process ended, or closed the arena or has another one: what was read is void."""
-    try:
-        if _file_of(handle) == mapped.file:
-            return
-    except OSError:
-        pass
-    raise TransferError(f"the arena of process {handle.pid} is gone; was the pool restarted?", cause="stale_arena")
