@@ -183,6 +183,15 @@ def test_what_was_deleted_is_not_there_after_a_restart(tmp_path: Path) -> None:
         assert [pool.exists(key(number)) for number in range(4)] == [Tier.SSD, None, Tier.SSD, None]
 
 
+def test_a_disk_that_is_slower_than_the_puts_costs_time_and_no_block(tmp_path: Path) -> None:
+    with MemPool(num_blocks=4, block_bytes=SIZE, ssd_path=tmp_path, ssd_blocks=64) as pool:
+        for number in range(50):
+            pool.put(key(number), value(number))
+        assert pool.stats().dropped == 0
+        for number in range(50):
+            assert np.array_equal(pool.get(key(number)), value(number))
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
 def test_no_byte_is_ever_wrong_and_what_is_on_the_ssd_survives(

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -67,6 +68,9 @@ Bytes = npt.NDArray[np.uint8]
 ME = "library"
 EPOCH = 0
 _ANSWERS = (Reserved, Leased, Loading, Loaded)
+LAG_S = 5.0
+"""A put that the SSD does not keep up with waits so long; then blocks are dropped, and counted, as in service."""
+
 WRITTEN_S = 60.0
 """No block takes longer to be written to the SSD; a disk that hangs is an error, not a hang."""
 
@@ -256,10 +260,16 @@ class MemPool:
         return self.batch_get([key], None if into is None else [into])[0]
 
     def batch_put(self, keys: Sequence[BlockKey], values: Sequence[npt.NDArray[np.generic]]) -> None:
-        """As `put`, each block by itself, in two calls of the brain. All or PoolError."""
+        """As `put`, each block by itself, in two calls of the brain. All or PoolError.
+
+        With an SSD that is slower than the caller, waits for it, up to LAG_S, rather than lose blocks that it has not yet.
+        """
         if len(keys) != len(values):
             raise PoolError(f"{len(keys)} keys for {len(values)} blocks")
         checked, flat = self._checked(keys), [self._flat(value) for value in values]
+        if self._file is not None:
+            with self._changed:
+                self._changed.wait_for(partial(self._loses_nothing, len(keys)), LAG_S)
         addresses = self.alloc(len(keys))
         memory, stride, size = self._arena.memory, self._arena.stride, self.block_bytes
         for address, value in zip(addresses, flat, strict=True):
@@ -395,6 +405,12 @@ class MemPool:
                 self._handle(SpillDone(ME, EPOCH, spill.ssd_slot, outcome is SsdOutcome.OK))
             with self._changed:
                 self._changed.notify_all()
+
+    def _loses_nothing(self, num_blocks: int) -> bool:
+        """Whether so many slots are free or hold, unleased, what the SSD has: the newest blocks are those it lacks."""
+        stats = self._node.stats()
+        safe = stats.free + stats.published - stats.leased - stats.spills_waiting - stats.writing
+        return min(num_blocks, self._node.num_slots) <= max(0, safe)
 
     def _is_written(self) -> bool:
         stats = self._node.stats()
