@@ -115,12 +115,12 @@ def _ssd(directory: Path, rounds: int, less: int) -> dict[str, Any]:
             figures = measure_ssd(scratch, turns=rounds, file_bytes=512 * MIB // less)
     except ConfigError as error:
         return {"ssd_not_measured": str(error)}
-    return {
-        f"ssd_{direction}_over_direct": {
-            size_name(figure.block_bytes): round(figure.over_direct, 3) for figure in figures if figure.direction == direction
-        }
-        for direction in ("write", "read")
-    }
+    found: dict[str, Any] = {}
+    for figure in figures:
+        for limit, over in (("direct", figure.over_direct), ("fio", figure.over_fio)):
+            if over is not None:
+                found.setdefault(f"ssd_{figure.direction}_over_{limit}", {})[size_name(figure.block_bytes)] = round(over, 3)
+    return found
 
 
 @contextmanager
