@@ -60,6 +60,10 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = "shm,tcp"
     rack: Annotated[str, _about("Where this machine stands: nodes of one rack read blocks from each other first.")] = ""
+    link_speed: Annotated[
+        str | None,
+        _about("What this machine's network carries a second (25GB): sources are chosen and transfers predicted by it."),
+    ] = None
     block_tokens: Annotated[int, _about("Tokens in a block, the unit of the KVCache pool; a multiple of 16.")] = 64
     max_model_len: Annotated[int | None, _about("Longest prompt plus output, in tokens (default: the model's own limit).")] = (
         None
@@ -136,6 +140,11 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         return float(parse_size(self.ssd_read)) if self.ssd_bytes else 0.0
 
     @property
+    def link_bytes_s(self) -> float:
+        """0 when it was not declared."""
+        return float(parse_size(self.link_speed)) if self.link_speed is not None else 0.0
+
+    @property
     def transport_names(self) -> tuple[str, ...]:
         return tuple(name.strip() for name in self.transports.split(","))
 
@@ -210,6 +219,7 @@ def _check(config: ServeConfig) -> None:
         value = getattr(config, name)
         require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
     require(config.dram_bytes > 0, f"--dram must be positive, got {config.dram}")
+    require(config.link_speed is None or config.link_bytes_s > 0, f"--link-speed must be positive, got {config.link_speed}")
     require(config.ssd_bytes == 0 or config.ssd_path is not None, f"--ssd {config.ssd} needs --ssd-path DIRECTORY")
     require(config.join is None or config.listen_nodes is None, "--join and --listen-nodes exclude each other: join the head")
     for transport in config.transport_names:

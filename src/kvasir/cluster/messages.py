@@ -130,7 +130,7 @@ class InstanceReport(Message, frozen=True):
 
 class PeerPool(Struct, frozen=True):
     """A node's pool as other nodes' pools reach it: `control` for leases, `arena` for bytes. `epoch` is its incarnation, `rack`
-    where its machine stands, as declared.
+    where its machine stands and `link_bytes_s` what its network carries, as declared (0: not).
     """
 
     node: str
@@ -138,6 +138,7 @@ class PeerPool(Struct, frozen=True):
     control: str
     arena: PeerArena
     rack: str = ""
+    link_bytes_s: float = 0.0
 
 
 class HelloPool(Message, frozen=True):

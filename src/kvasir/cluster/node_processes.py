@@ -152,6 +152,7 @@ class NodeProcesses:
             runtime_directory=str(setup.directory),
             advertise=setup.advertise,
             rack=config.rack,
+            link_bytes_s=config.link_bytes_s,
             transports=config.transport_names,
             identity=setup.spec.kv_identity,
             ssd_path=config.ssd_path,

@@ -16,7 +16,7 @@ from kvasir.cluster.wire import Channel, ZmqChannel
 from kvasir.core.errors import ClusterError
 from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import LeaseBlocks, OwnerJoined, ReleaseLease
-from kvasir.store.messenger.topology import Distance, Place, Topology
+from kvasir.store.messenger.topology import Place, Topology
 from kvasir.store.messenger.transport import PeerArena
 
 PEER_TIMEOUT_S = 2.0
@@ -84,16 +84,13 @@ class Peers:
         return self._peers[node]
 
     def nearest_first(self, nodes: tuple[str, ...]) -> list[str]:
-        """Those that can be reached: of the same machine, then of the same rack, then others; else in the order given."""
-        return sorted([node for node in nodes if node in self._peers], key=self._distance)
-
-    def _distance(self, node: str) -> Distance:
-        return self._topology.distance(self._node, node)
+        """Those that can be reached: of the same machine, then by the speed of the links, then of the same rack."""
+        return self._topology.nearest_first(self._node, [node for node in nodes if node in self._peers])
 
     def update(self, found: tuple[PeerPool, ...]) -> None:
         """Open channels to new ones, close those to who is gone or has started again."""
         now = {peer.node: peer for peer in found if peer.node != self._node}
-        self._topology = Topology({peer.node: Place(peer.arena.host, peer.rack) for peer in found})
+        self._topology = Topology({peer.node: Place(peer.arena.host, peer.rack, peer.link_bytes_s) for peer in found})
         for node, peer in list(self._peers.items()):
             if now.get(node) != peer.found:
                 self._close(node)

@@ -105,6 +105,7 @@ class PoolConfig(Struct, frozen=True, forbid_unknown_fields=True):
     runtime_directory: str | None = None
     advertise: str | None = None
     rack: str = ""
+    link_bytes_s: float = 0.0
     transports: tuple[str, ...] = ("shm", "tcp")
     identity: str = ""
     ssd_path: str | None = None
@@ -334,7 +335,7 @@ async def _reach(
     def here() -> PeerPool:
         address = nixl.address if nixl is not None else None
         found = PeerArena(config.node, arena.handle, host_identity(), tcp=server.address, nixl=address)
-        return PeerPool(config.node, config.epoch, control, found, config.rack)
+        return PeerPool(config.node, config.epoch, control, found, config.rack, config.link_bytes_s)
 
     return here, MessengerMover(messenger)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -17,18 +18,21 @@ class Distance(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a node stands: names that are equal for nodes of one machine, or of one rack."""
+    """Where a node stands: names that are equal for nodes of one machine, or of one rack.
+
+    `link_bytes_s` is what its network carries; 0 when nobody declared it.
+    """
 
     host: str
     rack: str
+    link_bytes_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Places of nodes, and bytes a second by distance. A node without a place is as far as can be."""
+    """Places of nodes, and bytes a second where none are declared. A node without a place is as far as can be."""
 
     places: Mapping[str, Place] = field(default_factory=dict)
-    host_bytes_s: float = 8e9
     rack_bytes_s: float = 3e9
     cluster_bytes_s: float = 1.25e9
 
@@ -41,5 +45,14 @@ class Topology:
         return Distance.RACK if one.rack == other.rack else Distance.CLUSTER
 
     def bytes_s(self, here: str, there: str) -> float:
-        """What the link between two nodes carries, as declared."""
-        return (self.host_bytes_s, self.rack_bytes_s, self.cluster_bytes_s)[self.distance(here, there)]
+        """What the way between two nodes carries: as much as the slower of their links. Within a host nothing is in the way."""
+        distance = self.distance(here, there)
+        if distance is Distance.HOST:
+            return math.inf
+        undeclared = self.rack_bytes_s if distance is Distance.RACK else self.cluster_bytes_s
+        places = [self.places.get(node) for node in (here, there)]
+        return min([(place.link_bytes_s if place is not None else 0.0) or undeclared for place in places])
+
+    def nearest_first(self, here: str, nodes: Iterable[str]) -> list[str]:
+        """By the speed of the way, then by distance, else in the order given."""
+        return sorted(nodes, key=lambda node: (-self.bytes_s(here, node), self.distance(here, node)))
