@@ -15,6 +15,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt 'torch==2.13.0'
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m kvasir.engine.torch.kernels.build
+	-$(BIN)/python -m kvasir.cli.native.build # the simulator is slower without
 	touch $@
 
 setup: $(VENV)/.done ## create .venv with everything in it, build the CPU kernels

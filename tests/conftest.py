@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import kvasir.simulator  # noqa: F401  # before kvasir.cli is: tests are of the sources, whatever was built
 from kvasir.workload.trace import Trace, read_trace
 
 _BESIDE_THE_REPOSITORY = Path(__file__).parents[2] / "shared" / "traces" / "conversation_trace.jsonl"

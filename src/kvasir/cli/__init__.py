@@ -1,1 +1,5 @@
-"""The command line."""
+"""The command line. Whoever imports it runs the simulator as machine code, where that was built."""
+
+from kvasir.cli.native.load import use
+
+use()

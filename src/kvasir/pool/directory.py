@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby, repeat
-from typing import NamedTuple
 
 from kvasir.core.errors import InvariantError
 from kvasir.core.keys import BlockKey
@@ -21,13 +20,6 @@ Holders = tuple[int, int]
 where they can, because that is compared at a glance."""
 
 NOBODY: Holders = (0, 0)
-
-
-class _Progress(NamedTuple):
-    """Whether an event is to be applied, and whether it shows that others were missed."""
-
-    is_new: bool
-    has_gap: bool
 
 
 class BlockDirectory:
@@ -133,18 +125,19 @@ class BlockDirectory:
         if {node: bit for bit, node in enumerate(self._nodes) if node is not None} != self._bits:
             raise InvariantError(f"bits {self._bits} and nodes {self._nodes} disagree")
 
-    def _advance(self, node: str, seq: int) -> _Progress:
+    def _advance(self, node: str, seq: int) -> tuple[bool, bool]:
+        """Whether the event is to be applied, and whether it shows that others were missed."""
         last = self._last_seq.get(node)
         if last is not None and seq <= last:
             if seq > 1:
-                return _Progress(is_new=False, has_gap=False)
+                return False, False
             self.drop(node)  # its count started again, and so did the pool
             last = None
         has_gap = seq > (1 if last is None else last + 1) and node not in self._stale
         if has_gap:
             self._stale[node] = None
         self._last_seq[node] = seq
-        return _Progress(is_new=True, has_gap=has_gap)
+        return True, has_gap
 
     def _add(self, node: str, keys: Sequence[BlockKey], tier: Tier) -> None:
         added = _pair(tier, 1 << self._bit(node))  # a node that was heard of has a bit, whatever it holds

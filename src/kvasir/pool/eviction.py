@@ -6,12 +6,10 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from msgspec import Struct
-
 from kvasir.core.keys import BlockKey
 
 
-class Block(Struct, gc=False):
+class Block:
     """What is known of a block in a tier. `depth` is its number in its sequence, `deepest` that of the deepest block of any
     sequence that went through it, `uses` how many leases have had it since it came into the tier.
 
@@ -20,17 +18,19 @@ class Block(Struct, gc=False):
 
     What follows is the eviction policy's own, which notes it here instead of in a table beside: the `class_` in which the
     block is idle (None: it has never been), with which others (`run`), its uses in earlier stays, and whether it is watched.
-    A Struct, as one is made for each block that is published.
     """
 
-    key: BlockKey
-    depth: int
-    deepest: int
-    uses: int = 0
-    class_: int | None = None
-    run: int = 0
-    past_uses: int = 0
-    is_watched: bool = False
+    __slots__ = ("class_", "deepest", "depth", "is_watched", "key", "past_uses", "run", "uses")
+
+    def __init__(self, key: BlockKey, depth: int, deepest: int, uses: int = 0):
+        self.key = key
+        self.depth = depth
+        self.deepest = deepest
+        self.uses = uses
+        self.class_: int | None = None
+        self.run = 0
+        self.past_uses = 0
+        self.is_watched = False
 
 
 class Eviction(Protocol):

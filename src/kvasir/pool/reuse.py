@@ -100,7 +100,7 @@ class ReuseRates:
 def _life_table(used: list[float], unused: list[float]) -> list[float]:
     """Rates by octave, made non-increasing by pooling adjacent violators, each weighted by its seconds at risk."""
     pools: list[tuple[float, float, int]] = []  # uses, seconds at risk, octaves
-    at_risk = sum(used) + sum(unused)
+    at_risk = sum(used, 0.0) + sum(unused, 0.0)
     for again, never, width in zip(used, unused, _WIDTH, strict=True):
         events = again + PRIOR_BLOCKS * PRIOR_REUSE
         seconds = (at_risk - (again + never) / 2 + PRIOR_BLOCKS) * width

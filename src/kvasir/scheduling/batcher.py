@@ -238,13 +238,13 @@ class Batcher:
         if is_busy and self._step is None:
             if self._is_short and self._asked is None and self._former.pages_wanted() <= 0:  # who left has left enough
                 self._end_shortage()
-            self._form()
-            if self._step is None and self._is_short and self._asked is None and self._make_room(commands, now):
+            step = self._form()
+            if step is None and self._is_short and self._asked is None and self._make_room(commands, now):
                 may_ask = True
-                self._form()
-            if self._step is not None:
-                self._starving = None
-                commands.append(self._step)
+                step = self._form()
+            if step is not None:
+                self._step, self._starving = step, None
+                commands.append(step)
         if may_ask and self._asked is None:
             self._ask(commands)
         if not is_busy or not self._queues.is_busy:
@@ -257,17 +257,18 @@ class Batcher:
             commands.append(ReturnPages(tuple(self._stash[-excess:])))
             del self._stash[-excess:]
 
-    def _form(self) -> None:
+    def _form(self) -> Step | None:
         self._prompts = self._former.form(is_short=self._is_short, is_held=self._is_held)
         decodes = self._decodes
         batch = len(decodes.members)
         if self._prompts:
             chunks = tuple([chunk_of(seq) for seq in self._prompts])
-            self._step = Step(chunks, batch, decodes.context_tokens)
-        elif batch:
+            return Step(chunks, batch, decodes.context_tokens)
+        if batch:
             most = 1 if self._former.puts_off else self._config.max_repeats
             repeats = min(most, decodes.passes_until_due()) if most > 1 else 1
-            self._step = Step((), batch, decodes.context_tokens, repeats)
+            return Step((), batch, decodes.context_tokens, repeats)
+        return None
 
     def _ask(self, commands: list[Command]) -> None:
         wanted = self._former.pages_wanted()

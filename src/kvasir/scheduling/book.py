@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right, insort
+from dataclasses import dataclass
 from operator import attrgetter
-
-from msgspec import Struct
 
 from kvasir.core.errors import InvariantError
 
 
-class Entry(Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Entry:
     """A prefill sent: predicted seconds, new tokens, its place in the queue (`rank`, ties by `number`), when it is due."""
 
     request_id: str
@@ -68,7 +68,7 @@ class PrefillBook:
             return 0.0
         before_s = self.pending_s
         if rank < order[-1].rank:
-            before_s = sum(entry.seconds for entry in order[: bisect_right(order, rank, key=_rank)])
+            before_s = sum([entry.seconds for entry in order[: bisect_right(order, rank, key=_rank)]], 0.0)
         left_s = before_s - self._worked_s(now)
         return left_s / self._pace if left_s > 0.0 else 0.0
 

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
 
 from kvasir.core.commands import Candidate
 from kvasir.costs.model import CostModel
 from kvasir.pool.match import PrefixMatch
 from kvasir.scheduling.decode_choice import FULL, DecodeChoice, DecodeRule, least_expected_tbt, least_tbt, stay
 from kvasir.scheduling.fleet import Fleet, Instance
-from kvasir.scheduling.policies.interface import Choice
 from kvasir.scheduling.view import prompt_prefill_s, staged
 
 FEW = 48
@@ -128,15 +126,6 @@ class FewView:
         transfer_s = max(0.0, seconds - prefill_s)
         name = self.prefillers[row].info.id
         return Candidate(name, self.wait_s[row], transfer_s, prefill_s, best, best - own, self.source)
-
-
-@runtime_checkable
-class PlacementOfFew(Protocol):
-    """A policy that also places number by number."""
-
-    def place_few(self, view: FewView) -> Choice | None:
-        """What `place` would choose, or None to be asked that after all."""
-        ...
 
 
 DecodeRuleOfFew = Callable[[FewView, Candidate | None, int], DecodeChoice]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -376,14 +375,14 @@ class Fleet:
         self._stale_seats = set(range(count))
 
     def _index_roles(self) -> None:
-        self._prefill_rows = _rows_where(i.info.role.can_prefill for i in self._rows)
-        self._decode_rows = _rows_where(i.info.role.can_decode for i in self._rows)
+        self._can_prefill: Bools = np.array([i.info.role.can_prefill for i in self._rows], dtype=np.bool_)
+        self._can_decode: Bools = np.array([i.info.role.can_decode for i in self._rows], dtype=np.bool_)
+        self._prefill_rows: Ints = np.flatnonzero(self._can_prefill)
+        self._decode_rows: Ints = np.flatnonzero(self._can_decode)
         self._prefillers = [self._rows[row] for row in self._prefill_rows.tolist()]
         self._decoders = [self._rows[row] for row in self._decode_rows.tolist()]
         self._masks_nodes = None
         self._max_kv_tokens = max((i.info.kv_tokens for i in self._decoders), default=0)
-        self._can_prefill: Bools = np.array([i.info.role.can_prefill for i in self._rows], dtype=np.bool_)
-        self._can_decode: Bools = np.array([i.info.role.can_decode for i in self._rows], dtype=np.bool_)
         self._prefill_ids = self._ids_of(self._prefill_rows)
         self._decode_ids = self._ids_of(self._decode_rows)
 
@@ -460,7 +459,3 @@ class Fleet:
             return rows
         kept = np.array([row for row in rows.tolist() if self._ids[row] not in avoid], dtype=np.int64)
         return kept if len(kept) else rows
-
-
-def _rows_where(flags: Iterable[bool]) -> Ints:
-    return np.array([row for row, flag in enumerate(flags) if flag], dtype=np.int64)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import TypeVar
 
-from msgspec import Struct, structs
+from msgspec import structs
 
 from kvasir.core.commands import Candidate, Decision
 from kvasir.core.errors import ConfigError
@@ -19,9 +19,9 @@ from kvasir.pool.match import PrefixMatch
 from kvasir.report.slo import ScaledSlo
 from kvasir.scheduling.admission import MIN_RETRY_S, Admission, Plan, Refusal, ttft_limit_s
 from kvasir.scheduling.decode_choice import DecodeChoice, DecodeRule, least_tbt
-from kvasir.scheduling.few import FEW, RULES_OF_FEW, FewView, PlacementOfFew, least_tbt_of_few
+from kvasir.scheduling.few import FEW, RULES_OF_FEW, FewView, least_tbt_of_few
 from kvasir.scheduling.fleet import Fleet
-from kvasir.scheduling.policies.interface import Choice, Placement
+from kvasir.scheduling.policies.interface import Choice, Placement, PlacementOfFew
 from kvasir.scheduling.ranks import Rank, first_come
 from kvasir.scheduling.view import ClusterView
 
@@ -88,7 +88,8 @@ class Rules:
     rank: Rank = first_come
 
 
-class Proposal(Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Proposal:
     """Where a request would go, at which place in the queue, or, with a `refusal`, why it should not be started.
 
     Each instance of the plan will be at work for `work_s`; the first token is due at `due_s`.
@@ -165,7 +166,7 @@ class Placer:
         if refusal is None:
             return proposal
         decision = structs.replace(proposal.decision, refusal=refusal.message)
-        return structs.replace(proposal, decision=decision, refusal=refusal)
+        return replace(proposal, decision=decision, refusal=refusal)
 
     def replace(self, request: Request, now: float, avoid: frozenset[str] = frozenset()) -> Proposal:
         """For a request that was admitted before; `avoid` instances are used only if there are no others."""

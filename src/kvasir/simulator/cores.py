@@ -19,7 +19,7 @@ class _Work:
     left_s: float
     is_low: bool
     then: Callable[[Any], None]
-    argument: object
+    argument: Any
 
 
 class Cores:
@@ -36,7 +36,7 @@ class Cores:
         self._as_of_s = 0.0
         self._number = 0  # of the plan; an earlier one is void
 
-    def run(self, name: str, seconds: float, *, is_low: bool, then: Callable[[Any], None], argument: object) -> None:
+    def run(self, name: str, seconds: float, *, is_low: bool, then: Callable[[Any], None], argument: Any) -> None:
         """Compute a step that takes `seconds` undisturbed, for an instance that computes nothing else."""
         self._advance()
         self._works[name] = _Work(seconds, is_low, then, argument)

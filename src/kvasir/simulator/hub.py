@@ -355,7 +355,7 @@ class SimHub:
                 return
             tokens = last_layer
         else:
-            tokens = seq.prefix_tokens
+            tokens = float(seq.prefix_tokens)
         self._stop_stream(attempt)
         self._stream(attempt, source, instance.node, tokens)
 

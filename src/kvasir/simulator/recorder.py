@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 
 from kvasir.core.request import Role
@@ -17,8 +17,8 @@ class RoleClock:
 
     def __init__(self) -> None:
         self._since: dict[str, tuple[Role, float, float]] = {}
-        self._in_s: Counter[str] = Counter()
-        self._busy_s: Counter[str] = Counter()
+        self._in_s: defaultdict[str, float] = defaultdict(float)
+        self._busy_s: defaultdict[str, float] = defaultdict(float)
 
     def enter(self, instance: SimInstance, now: float) -> None:
         """The instance has started, or has this role from now on."""
@@ -29,8 +29,8 @@ class RoleClock:
         known = self._since.pop(instance.info.id, None)
         if known is not None:
             role, since_s, busy_s = known
-            self._in_s[role.value] += now - since_s  # type: ignore[assignment]
-            self._busy_s[role.value] += instance.busy_s - busy_s  # type: ignore[assignment]
+            self._in_s[role.value] += now - since_s
+            self._busy_s[role.value] += instance.busy_s - busy_s
 
     def utilisation(self) -> dict[str, float]:
         return {role: self._busy_s[role] / seconds for role, seconds in sorted(self._in_s.items()) if seconds > 0}

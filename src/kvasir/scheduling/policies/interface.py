@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from msgspec import Struct
 
 from kvasir.core.commands import Candidate
 from kvasir.scheduling.view import ClusterView, Floats
+
+if TYPE_CHECKING:
+    from kvasir.scheduling.few import FewView
 
 NUM_RECORDED = 3
 """How many candidates a decision records: the chosen one and the next best."""
@@ -37,6 +40,15 @@ class Placement(Protocol):
 
     def place(self, view: ClusterView, rng: Random) -> Choice:
         """`view.prefills` is not empty. Draw only from `rng`."""
+        ...
+
+
+@runtime_checkable
+class PlacementOfFew(Protocol):
+    """A policy that also places number by number."""
+
+    def place_few(self, view: FewView) -> Choice | None:
+        """What `place` would choose, or None to be asked that after all."""
         ...
 
 

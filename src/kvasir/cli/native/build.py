@@ -1,0 +1,77 @@
+"""The command `python -m kvasir.cli.native.build`: build the machine code now; nothing else ever does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from kvasir.cli.native.load import SOURCES, built_folder
+
+MODULES = {
+    "pool": "cost_aware directory eviction ghosts leases match node reuse slots ssd",
+    "scheduling": "batcher book chunking conductor decode_set few fleet placed placer queues roles sequence step_former",
+    "scheduling/policies": "dynamo kvasir mooncake",
+    "simulator": "agenda cores decoding gaps hub instance jobs memory network node prompts simulation",
+}
+"""What runs for every request. It must not define Structs, which mypyc does not know, nor what goes to other processes."""
+
+PROGRAM = """
+import sys
+from mypyc.build import mypycify
+from setuptools import setup
+target, *files = sys.argv[1:]
+extensions = mypycify(
+    ["--ignore-missing-imports", *files], opt_level="1", debug_level="0", target_dir=target, group_name="kvasir_rooms"
+)
+arguments = ["-q", "build_ext", "--build-lib", f"{target}/lib", "--build-temp", target]
+setup(ext_modules=extensions, packages=[], script_args=arguments)
+"""
+
+DEADLINE_S = 900.0  # takes a minute here
+
+
+class NativeUnavailableError(RuntimeError):
+    """There can be no machine code here; the message says why in one line."""
+
+
+def build() -> Path:
+    """The folder of what was built, by this call or an earlier one. Raises NativeUnavailableError."""
+    folder = built_folder()
+    if folder.exists():
+        return folder
+    files = [f"kvasir/{room}/{name}.py" for room, names in MODULES.items() for name in names.split()]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as target:
+            command = [sys.executable, "-c", PROGRAM, target, *files]
+            done = subprocess.run(command, cwd=SOURCES, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+            if done.returncode:
+                lines = (done.stdout + done.stderr).strip().splitlines()
+                raise NativeUnavailableError(next((line for line in lines if "error" in line.lower()), "mypyc failed"))
+            if built_folder() != folder:
+                raise NativeUnavailableError("the sources changed meanwhile; build again")
+            (Path(target) / "lib").rename(folder)
+    except subprocess.TimeoutExpired as error:
+        raise NativeUnavailableError(f"mypyc took longer than {DEADLINE_S:.0f} s") from error
+    except OSError as error:
+        raise NativeUnavailableError(f"cannot write {folder}: {error}") from error
+    return folder
+
+
+def main() -> int:
+    """Build and say where in one line, or why not: the simulator is as good in Python, only slower."""
+    start = time.perf_counter()
+    try:
+        folder = build()
+    except NativeUnavailableError as error:
+        print(f"no machine code, the simulator stays Python: {error}")
+        return 1
+    print(f"machine code at {folder} ({time.perf_counter() - start:.1f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
