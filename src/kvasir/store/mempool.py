@@ -132,7 +132,8 @@ class MemPool:
         if ssd_path is not None and ssd_blocks:
             self._file = open_ssd(ssd_path, num_slots=ssd_blocks, slot_bytes=block_bytes, identity=identity)
         self._node = PoolNode(num_blocks, eviction, ssd_slots=ssd_blocks if self._file is not None else 0)
-        self._changed = threading.Condition(threading.RLock())
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._spills: list[Spill] = []
         self._numbers = count(1)
         self._closed = False
@@ -337,19 +338,19 @@ class MemPool:
 
     def _handle(self, event: PoolEvent) -> PoolAnswer | None:
         """Tell the brain; its answer, or PoolError when it refuses."""
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise PoolError("the pool is closed")
             answer: PoolAnswer | None = None
             for said in self._node.handle(event, time.monotonic()):
-                if isinstance(said, Spill):
+                if isinstance(said, _ANSWERS):
+                    answer = said
+                elif isinstance(said, Spill):
                     self._spills.append(said)
                     self._changed.notify_all()
                 elif isinstance(said, Erase):
                     assert self._file is not None, "what is to be erased was written"
                     self._file.forget(said.ssd_slots)
-                elif isinstance(said, _ANSWERS):
-                    answer = said
                 elif isinstance(said, Refused):
                     raise PoolError(said.message)
             return answer
@@ -424,6 +425,8 @@ class MemPool:
         if value.nbytes != self.block_bytes or not value.flags.c_contiguous:
             kind = "contiguous" if value.flags.c_contiguous else "not contiguous"
             raise PoolError(f"block of {value.nbytes} bytes, {kind}: expected {self.block_bytes} contiguous bytes")
+        if value.ndim == 1 and value.dtype == np.uint8:
+            return value.view(np.uint8)  # the usual case, without a call that it does not need
         return value.reshape(-1).view(np.uint8)
 
     def _checked(self, keys: Sequence[BlockKey]) -> tuple[BlockKey, ...]:
