@@ -155,7 +155,7 @@ def tables(results: list[dict[str, object]]) -> Iterator[str]:
 def _range(capacities: list[object]) -> str:
     if not capacities:
         return ""
-    known = sorted({f"{c:.2f}" if isinstance(c, float) else "none" for c in capacities})
+    known = sorted({f"{c:.2f}" if isinstance(c, float) else f"< {LOWEST}" for c in capacities})
     return known[0] if len(known) == 1 else f"{known[0]} to {known[-1]}"
 
 
