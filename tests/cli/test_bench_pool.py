@@ -51,17 +51,17 @@ def test_the_report_has_every_figure_and_says_why_one_is_missing(monkeypatch: py
     assert found["ssd_not_measured"] == "no direct I/O here"
 
 
-def fake_python(directory: Path, body: str) -> Path:
+def fake_python(directory: Path, body: str) -> None:
     python = directory / "python"
     python.write_text(f"#!/bin/sh\n{body}\n")
     python.chmod(0o755)
-    return python
 
 
 def test_ours_is_compared_with_a_peer_round_by_round_where_both_were_measured(tmp_path: Path) -> None:
-    run = PeerRuns("mooncake_transfer")
+    run = PeerRuns("mooncake_transfer", tmp_path / "python")
     for speed in (2.0, 4.0, 1.0):
-        run.run(fake_python(tmp_path, f"""echo log; echo '{{"put 64 KiB": {speed}, "put_batch16 64 KiB": 9}}'"""), 1)
+        fake_python(tmp_path, f"""echo log; echo '{{"put 64 KiB": {speed}, "put_batch16 64 KiB": 9}}'""")
+        run.run(1)
     ours = [Measured("tcp_put", 64 * KIB, (3.0, 4.0, 5.0)), Measured("shm_put", 64 * KIB, (9.0, 9.0, 9.0))]
     assert run.ours_over(ours) == {"put 64 KiB": 1.5}
     assert run.medians()["put 64 KiB"] == 2.0
@@ -69,8 +69,10 @@ def test_ours_is_compared_with_a_peer_round_by_round_where_both_were_measured(tm
 
 @pytest.mark.parametrize("body", ["exit 3", "exec /nowhere/python"])
 def test_a_peer_that_is_not_installed_is_said_and_not_tried_again(tmp_path: Path, body: str) -> None:
-    run = PeerRuns("redis_transfer")
-    run.run(fake_python(tmp_path, body), 1)
+    run = PeerRuns("redis_transfer", tmp_path / "python")
+    fake_python(tmp_path, body)
+    run.run(1)
     assert run.failure.startswith("did not run: exit status")
-    run.run(fake_python(tmp_path, "echo '{}'"), 1)
+    fake_python(tmp_path, "echo '{}'")
+    run.run(1)
     assert not run.rounds

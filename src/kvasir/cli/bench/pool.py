@@ -50,14 +50,15 @@ def pool(
         raise ConfigError(f"--directory: {directory} is not a directory")
     logs.setup("warning", json=False)
     console = Console(stderr=True, quiet=as_json)
-    found = _measured(directory, peers, 1 if quick else rounds, QUICK if quick else 1, console)
+    runs = [PeerRuns(name, peers) for name in PEERS] if peers is not None else []
+    found = _measured(directory, runs, 1 if quick else rounds, QUICK if quick else 1, console)
     if as_json:
         print(json.dumps(found, indent=2))
     else:
         _show(found)
 
 
-def _measured(directory: Path, peers: Path | None, rounds: int, less: int, console: Console) -> dict[str, Any]:
+def _measured(directory: Path, runs: list[PeerRuns], rounds: int, less: int, console: Console) -> dict[str, Any]:
     found: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}",
@@ -67,8 +68,7 @@ def _measured(directory: Path, peers: Path | None, rounds: int, less: int, conso
         speeds = measure_pool(working_set=256 * MIB // less, rounds=rounds)
     for name in ("put", "get"):
         found[f"shm_{name}_over_memcpy"] = {size_name(s.block_bytes): s.over_memcpy(getattr(s, name)) for s in speeds}
-    runs = [PeerRuns(name) for name in PEERS] if peers is not None else []
-    moved = _transfers(runs, peers, rounds, TRANSFER_MIB // less, console)
+    moved = _transfers(runs, rounds, TRANSFER_MIB // less, console)
     over = ratios(moved)
     found["tcp_put_over_socket"] = over["tcp_put_over_socket"]
     found["tcp_get_over_socket"] = over["tcp_get_over_socket"]
@@ -94,7 +94,7 @@ def _measured(directory: Path, peers: Path | None, rounds: int, less: int, conso
     return found
 
 
-def _transfers(runs: list[PeerRuns], peers: Path | None, rounds: int, mib: int, console: Console) -> list[Measured]:
+def _transfers(runs: list[PeerRuns], rounds: int, mib: int, console: Console) -> list[Measured]:
     """Ours and the peers' in turn, so that a busy machine is busy for all of them."""
     moved: dict[tuple[str, int], tuple[float, ...]] = {}
     for number in range(rounds):
@@ -103,8 +103,7 @@ def _transfers(runs: list[PeerRuns], peers: Path | None, rounds: int, mib: int, 
                 moved[one.name, one.nbytes] = (*moved.get((one.name, one.nbytes), ()), *one.rounds)
         for run in runs:
             with console.status(f"{run.name}, round {number + 1} of {rounds}"):
-                assert peers is not None, "there are runs of peers only with their Python"
-                run.run(peers, mib)
+                run.run(mib)
     return [Measured(name, nbytes, all_rounds) for (name, nbytes), all_rounds in moved.items()]
 
 

@@ -29,14 +29,15 @@ class PeerRuns:
     """GB/s of one peer by way and size (`put_batch16 64 KiB`), each round beside one of ours; or why there are none."""
 
     name: str
+    python: Path
     rounds: list[dict[str, float]] = field(default_factory=list)
     failure: str = ""
 
-    def run(self, python: Path, working_set_mib: int) -> None:
+    def run(self, working_set_mib: int) -> None:
         """One round, unless an earlier one failed."""
         if self.failure:
             return
-        command = [str(python), "-m", f"benchmarks.peers.{self.name}", str(working_set_mib)]
+        command = [str(self.python), "-m", f"benchmarks.peers.{self.name}", str(working_set_mib)]
         try:
             done = subprocess.run(command, capture_output=True, timeout=PEER_S, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:

@@ -84,8 +84,7 @@ class SsdFile:
         self._lock = threading.Lock()
         self._users = 0
         self._closed = False
-        for place in _older_copies(files.records):
-            self._erase(place)
+        self.forget(_older_copies(files.records))
 
     def __enter__(self) -> Self:
         return self
