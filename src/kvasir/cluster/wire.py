@@ -18,6 +18,7 @@ from typing import Generic, Protocol, TypeVar
 import msgspec
 import zmq
 
+from kvasir.core.address import host_and_port
 from kvasir.core.errors import ClusterError, ConfigError
 
 HIGH_WATER_MARK = 4096
@@ -96,10 +97,10 @@ def tcp_address(host: str, port: int) -> str:
 
 def split_address(name: str, address: str) -> tuple[str, int]:
     """HOST:PORT of the setting `name`. Raises ConfigError."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
+    found = host_and_port(address)
+    if found is None:
         raise ConfigError(f"--{name} must be HOST:PORT, got {address!r}")
-    return host.strip("[]"), int(port)
+    return found
 
 
 class ZmqListener(Generic[In, Out]):

@@ -17,6 +17,7 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from kvasir.core.address import host_and_port
 from kvasir.core.errors import ConfigError, PoolError
 from kvasir.core.keys import BlockKey
 from kvasir.core.tier import Tier
@@ -140,7 +141,7 @@ def unpack(decoder: msgspec.msgpack.Decoder[T], payload: bytes | bytearray) -> T
 
 def split_address(address: str) -> tuple[str, int]:
     """HOST, PORT. Raises ConfigError."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
+    found = host_and_port(address)
+    if found is None:
         raise ConfigError(f"expected HOST:PORT, got {address!r}")
-    return host, int(port)
+    return found
