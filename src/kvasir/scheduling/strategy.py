@@ -9,6 +9,7 @@ from random import Random
 from kvasir.core.errors import ConfigError
 from kvasir.core.request import Slo
 from kvasir.costs.model import CostModel
+from kvasir.costs.quick import quick
 from kvasir.pool.policies import EVICTIONS
 from kvasir.report.slo import ScaledSlo
 from kvasir.scheduling.admission import ADMISSIONS
@@ -62,6 +63,7 @@ class Strategy:
 
     def conductor(self, config: ConductorConfig, costs: CostModel, slo: Slo | ScaledSlo, rng: Random) -> Conductor:
         """`config` says what the cluster is; how it is used is the strategy's."""
+        costs = quick(costs)
         config = replace(config, mixed_step_s=self._mixed_step_s(slo), chunk_tokens=self.chunk_tokens)
         config = replace(config, max_stages=min(config.max_stages, self.max_stages))
         rules = Rules(POLICIES[self.placement](), ADMISSIONS[self.admission](slo), DECODE_RULES[self.decode], RANKS[self.order])
@@ -82,7 +84,7 @@ class Strategy:
             pack_tokens=PACK_TOKENS,
             max_step_s=self._mixed_step_s(slo),
         )
-        return Batcher(config, costs)
+        return Batcher(config, quick(costs))
 
     def _mixed_step_s(self, slo: Slo | ScaledSlo) -> float | None:
         return None if self.step_share is None else self.step_share * slo.tbt_s

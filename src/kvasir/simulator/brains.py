@@ -7,6 +7,7 @@ from random import Random
 
 from kvasir.core.events import InstanceInfo
 from kvasir.core.request import Slo
+from kvasir.costs.quick import quick
 from kvasir.pool.cost_aware import block_seconds
 from kvasir.pool.node import PoolNode
 from kvasir.pool.policies import EVICTIONS
@@ -53,7 +54,7 @@ def pool(strategy: Strategy, cluster: ClusterSpec, node: NodeSpec) -> PoolNode:
     tokens = node.dram_tokens
     if cluster.memory is MemoryKind.SHARED:
         tokens = max([i.kv_tokens for i in cluster.instances if i.node == node.id], default=tokens)
-    seconds = block_seconds(cluster.costs, cluster.block_tokens)
+    seconds = block_seconds(quick(cluster.costs), cluster.block_tokens)
     make = EVICTIONS[strategy.eviction]
     return PoolNode(
         tokens // cluster.block_tokens,

@@ -15,6 +15,7 @@ from kvasir.core.errors import ConfigError, InvariantError
 from kvasir.core.events import InstanceInfo, InstanceJoined
 from kvasir.core.pool_events import OwnerJoined
 from kvasir.core.request import Request, Slo
+from kvasir.costs.quick import quick
 from kvasir.report.slo import ScaledSlo
 from kvasir.scheduling.strategy import Strategy
 from kvasir.simulator import brains
@@ -61,6 +62,7 @@ class Simulation:
         check_faults(faults, cluster)
         self._trace = trace
         self._cluster = cluster
+        self._costs = quick(cluster.costs)
         self._strategy = strategy
         self._slo = slo
         self._seed = seed
@@ -137,7 +139,7 @@ class Simulation:
         return SimHub(
             agenda=self._agenda,
             network=self._network,
-            costs=cluster.costs,
+            costs=self._costs,
             block_tokens=cluster.block_tokens,
             token_bytes=cluster.kv_bytes_per_token,
             num_layers=cluster.num_layers,
@@ -164,7 +166,7 @@ class Simulation:
             brains.batcher(self._strategy, cluster, self._config, info, self._slo),
             memory,
             agenda=self._agenda,
-            costs=cluster.costs,
+            costs=self._costs,
             listener=self.hub,
             block_tokens=cluster.block_tokens,
             max_gap_s=self._slo.tbt_s / 2,
@@ -249,7 +251,7 @@ class Simulation:
     # --- the result --------------------------------------------------------------------------------------------
 
     def _result(self) -> Run:
-        hub, now, costs = self.hub, self._agenda.now, self._cluster.costs
+        hub, now, costs = self.hub, self._agenda.now, self._costs
         for instance in hub.instances.values():
             self._roles.leave(instance, now)
         requests = self._trace.requests
