@@ -120,7 +120,7 @@ def test_no_suffix_stays_without_its_prefix(policy: str, paths: list[list[int]],
         now = gap * number
         keys = [b"\0" + bytes(path[: depth + 1]) for depth in range(len(path))]
         pinned = cache.pin_prefix(keys, now)
-        for slot in cache.take(len(keys) - len(pinned), now).slots:
+        for slot in cache.take(len(keys) - len(pinned), now)[0]:
             pinned.append(cache.publish(keys[len(pinned)], slot, len(pinned), now))
         open_leases.append(pinned)
         if len(open_leases) > 1:

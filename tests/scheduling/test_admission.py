@@ -8,8 +8,9 @@ from msgspec.structs import replace
 from kvasir.core.commands import Candidate
 from kvasir.core.request import Request, Slo
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
-from kvasir.scheduling.admission import ADMISSIONS, Outlook, Plan, Predictive
+from kvasir.scheduling.admission import ADMISSIONS, Predictive
 from kvasir.scheduling.decode_choice import DecodeChoice
+from kvasir.scheduling.plan import Outlook, Plan
 
 COSTS = FittedCost(PrefillFit(0.0, 1e-3, 0, 0), DecodeFit(0.010, 0.010, 0.0), 0.0, 1e6)  # 10 ms + 10 ms a sequence
 SLO = Slo(ttft_s=2.0, tbt_s=0.1)  # nine sequences a batch at most

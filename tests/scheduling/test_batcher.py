@@ -7,7 +7,6 @@ import pytest
 from kvasir.core.commands import (
     Chunk,
     Command,
-    FilledBlock,
     HandOff,
     NeedPages,
     Preempt,
@@ -148,7 +147,7 @@ def test_a_block_is_published_when_computed_tokens_fill_it_not_when_sampled_ones
     body(prompt("a", 7))
     (page0, page1) = body.chunks(StepDone())[0].pages  # computed 7, known 8: block 1 is not full
     commands = body(StepDone())
-    assert commands[0] == Publish("a", (FilledBlock(1, page1),))
+    assert commands[0] == Publish("a", 1, (page1,))
     assert page0 != page1
 
 
@@ -156,7 +155,7 @@ def test_a_hand_off_publishes_its_full_blocks_and_gives_the_tail_away() -> None:
     body = Body(pages=9)
     page = body.chunks(prompt("a", 6, hand_off=True))[0].pages
     publish, hand_off, *rest = body(StepDone())
-    assert publish == Publish("a", (FilledBlock(0, page[0]),))
+    assert publish == Publish("a", 0, (page[0],))
     assert hand_off == HandOff("a", (page[1],))
     assert not rest
     assert body.batcher.load().running == 0
@@ -180,7 +179,7 @@ def test_a_handed_off_sequence_decodes_at_once_and_its_tail_stays_the_leases() -
     assert list(body.batcher.decode_chunks()) == [Chunk("a", 6, 1, (100, 101), samples=True)]
     assert body(StepDone()) == [Step((), batch=1, context_tokens=8)]
     assert list(body.batcher.decode_chunks()) == [Chunk("a", 7, 1, (100, 101), samples=True)]
-    assert body(StepDone()) == [Publish("a", (FilledBlock(1, 101),)), Release("a", ())]
+    assert body(StepDone()) == [Publish("a", 1, (101,)), Release("a", ())]
 
 
 def test_an_adopted_tail_goes_with_the_lease_and_never_into_the_stash() -> None:

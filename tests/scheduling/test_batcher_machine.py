@@ -274,10 +274,10 @@ class BatcherMachine(RuleBasedStateMachine):
             case Publish():
                 run = self.runs[command.request_id]
                 assert not run.is_stage
-                for block in command.blocks:
-                    assert block.index == run.published
-                    assert run.pages[block.index] == block.page
-                    self._publish(run, block.page)
+                for index, page in enumerate(command.pages, command.first):
+                    assert index == run.published
+                    assert run.pages[index] == page
+                    self._publish(run, page)
                 assert run.published * BLOCK <= run.computed
             case HandOff() | Release() | Starved():
                 run = self.runs[command.request_id]

@@ -157,10 +157,10 @@ class Sim:
                     self.step, self.passes, self.is_cut = command, 1, False
                     self.chunks = [*self.batcher.decode_chunks(), *command.chunks]
                     self._start_pass()
-                case Publish(request_id=name, blocks=blocks):
-                    self.leases[name] += [block.page for block in blocks if block.page not in self.leases[name]]
-                    for block in blocks:
-                        self.log.append((self.now, "Publish", name, block.index))
+                case Publish(request_id=name, first=first, pages=pages):
+                    self.leases[name] += [page for page in pages if page not in self.leases[name]]
+                    for index in range(first, first + len(pages)):
+                        self.log.append((self.now, "Publish", name, index))
                 case Release(request_id=name, pages=pages) | HandOff(request_id=name, pages=pages):
                     self._close(type(command).__name__, name, pages)
                     del self.known[name]

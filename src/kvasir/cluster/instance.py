@@ -221,9 +221,9 @@ class InstanceBody:
             match command:
                 case Step():
                     self._steps.put_nowait(command)
-                case Publish(request_id=run, blocks=blocks):
-                    sequence = self._sequences[run]
-                    keyed = tuple(KeyedSlot(sequence.key(b.index, self._block_tokens), b.page) for b in blocks)
+                case Publish(request_id=run, first=first, pages=pages):
+                    sequence, tokens = self._sequences[run], self._block_tokens
+                    keyed = tuple(KeyedSlot(sequence.key(index, tokens), page) for index, page in enumerate(pages, first))
                     self._pool.put_end(run, keyed)
                 case HandOff(request_id=run, pages=pages):
                     self._forget(run)

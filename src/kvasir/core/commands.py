@@ -206,18 +206,12 @@ class Step(Command, frozen=True):
     repeats: int = 1
 
 
-class FilledBlock(Struct, frozen=True):
-    """Block `index` of a sequence is complete in `page`."""
-
-    index: int
-    page: int
-
-
 class Publish(Command, frozen=True):
-    """These blocks of a sequence are complete: make them readable under their keys."""
+    """Blocks `first`, `first` + 1 ... of a sequence are complete in these pages: make them readable under their keys."""
 
     request_id: str
-    blocks: tuple[FilledBlock, ...]
+    first: int
+    pages: tuple[int, ...]
 
 
 class HandOff(Command, frozen=True):

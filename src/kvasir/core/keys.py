@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import sha256
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ import numpy.typing as npt
 BlockKey = bytes
 """16 bytes; names a block together with everything before it."""
 
-KEY_BYTES = 16
+KEY_BYTES: Final = 16
 
 
 def root_key(*, model: str, dtype: str, layout: str, block_tokens: int, salt: str = "") -> BlockKey:

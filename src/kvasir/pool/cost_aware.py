@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from typing import Final
 
 from kvasir.costs.model import CostModel
 from kvasir.pool.eviction import Block
@@ -24,16 +24,15 @@ from kvasir.pool.reuse import AGES, MAX_CLASS, SAMPLE, TICKS_PER_SECOND, ReuseRa
 BlockSeconds = Callable[[int], float]
 """Seconds to compute block `depth` of a sequence when all before it is in place; never less for a deeper one."""
 
-COST_CLASSES = 8
+COST_CLASSES: Final = 8
 """Half octaves of recompute seconds that are told apart, from the first block's on."""
 
-_NUM_CLASSES = (MAX_CLASS + 1) * COST_CLASSES
+_NUM_CLASSES: Final = (MAX_CLASS + 1) * COST_CLASSES
 _USES_CLASS = tuple(c // COST_CLASSES for c in range(_NUM_CLASSES))
 _RELATIVE_COST = tuple(2 ** (c % COST_CLASSES / 2) for c in range(_NUM_CLASSES))
 
-_MANY_USES = 1 << MAX_CLASS - 1
-_FIRST_OF_USES = [COST_CLASSES * uses.bit_length() for uses in range(_MANY_USES)]
-_FIRST_OF_MANY = COST_CLASSES * MAX_CLASS
+_MANY_USES: Final = 1 << MAX_CLASS - 1
+_FIRST_OF_MANY: Final = COST_CLASSES * MAX_CLASS
 """The class of least costs of blocks with so many uses."""
 
 
@@ -50,9 +49,9 @@ class _Run:
 
     __slots__ = ("blocks", "since", "slots")
 
-    def __init__(self, slots: Sequence[int], blocks: Sequence[Block], since: float):
-        self.slots = list(slots)
-        self.blocks = list(blocks)
+    def __init__(self, since: float):
+        self.slots: list[int] = []
+        self.blocks: list[Block] = []
         self.since = since
 
 
@@ -84,23 +83,25 @@ class CostAware:
     def add(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
         if new := [block for block in blocks if block.class_ is None]:
             self._meet(new, now)
-        start = 0
-        for class_, group in groupby(self._classes_of(blocks)):
-            end = start + len(list(group))
-            self._num_runs = number = self._num_runs + 1
-            run = self._classes[class_][number] = _Run(slots[start:end], blocks[start:end], now)
-            for block in run.blocks:
-                block.class_, block.run = class_, number
-            start = end
-        for block in blocks:
+        self._reach(blocks)
+        run, class_ = None, -1
+        for place, block in enumerate(blocks):
+            its_class = self._class_of(block)
+            if run is None or its_class != class_:
+                class_ = its_class
+                self._num_runs += 1
+                run = self._classes[class_][self._num_runs] = _Run(now)
+            run.slots.append(slots[place])
+            run.blocks.append(block)
+            block.class_, block.run = class_, self._num_runs
             if block.is_watched:
-                self._rates.released(block.key, block.class_ // COST_CLASSES, now)  # type: ignore[operator]  # it has one now
+                self._rates.released(block.key, class_ // COST_CLASSES, now)
         self._len += len(slots)
         self._order_now = math.nan
 
     def remove(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
-        for slot, block in zip(slots, blocks, strict=True):
-            self._leave_run(slot, block)
+        for place, block in enumerate(blocks):
+            self._leave_run(slots[place], block)
             if block.is_watched:
                 self._rates.used(block.key, now)
         self._len -= len(slots)
@@ -153,13 +154,10 @@ class CostAware:
         self._len -= len(slots)
         return slots
 
-    def _classes_of(self, blocks: Sequence[Block]) -> list[int]:
-        cost = self._cost_classes(max([block.deepest for block in blocks], default=0))
-        uses = [block.past_uses + block.uses for block in blocks]
-        return [
-            (_FIRST_OF_USES[count] if count < _MANY_USES else _FIRST_OF_MANY) + cost[block.deepest]
-            for count, block in zip(uses, blocks, strict=True)
-        ]
+    def _class_of(self, block: Block) -> int:
+        """Its depth must be within reach."""
+        uses = block.past_uses + block.uses
+        return (COST_CLASSES * uses.bit_length() if uses < _MANY_USES else _FIRST_OF_MANY) + self._class_of_depth[block.deepest]
 
     def _meet(self, blocks: list[Block], now: float) -> None:
         """These are idle for the first time in their slots."""
@@ -196,10 +194,12 @@ class CostAware:
             place -= 1
         order.insert(place, (worth, class_))
 
-    def _cost_classes(self, depth: int) -> list[int]:
-        """The class of costs of each depth, at least up to this one."""
-        known = self._class_of_depth
+    def _reach(self, blocks: Sequence[Block]) -> None:
+        """Work out the classes of costs of all depths up to those of these blocks."""
+        known, depth = self._class_of_depth, 0
+        for block in blocks:
+            if block.deepest > depth:
+                depth = block.deepest
         while len(known) <= depth:
             ratio = self._seconds(len(known)) / self._seconds(0)
             known.append(min(COST_CLASSES - 1, max(known[-1] if known else 0, int(2 * math.log2(max(1.0, ratio))))))
-        return known

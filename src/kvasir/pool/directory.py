@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby, repeat
+from typing import Final
 
 from kvasir.core.errors import InvariantError
 from kvasir.core.keys import BlockKey
@@ -12,7 +13,7 @@ from kvasir.pool.match import PrefixMatch, Runs
 
 __all__ = ["BlockDirectory", "PrefixMatch"]
 
-CHUNK = 512
+CHUNK: Final = 512
 """Keys that are looked up at a time: few enough to waste little behind the end of a prefix, enough to stay at C speed."""
 
 Holders = tuple[int, int]

@@ -19,7 +19,6 @@ class Owner:
     leases: dict[str, None] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
 class Lease:
     """Slot i of `slots` holds block i. `owner` is None while the lease is on offer, until `deadline_s`.
 
@@ -28,13 +27,17 @@ class Lease:
     `tenant`'s quota did not allow one of its blocks to be published, so that none after it may be.
     """
 
-    owner: str | None
-    slots: list[int]
-    pinned: list[int]
-    private: dict[int, int] = field(default_factory=dict)
-    deadline_s: float = 0.0
-    tenant: str = ""
-    is_full: bool = False
+    __slots__ = ("deadline_s", "is_full", "owner", "pinned", "private", "slots", "tenant")
+
+    def __init__(self, owner: str, slots: list[int], tenant: str):
+        """`slots` are of published blocks."""
+        self.owner: str | None = owner
+        self.slots = slots
+        self.pinned = slots.copy()
+        self.private: dict[int, int] = {}
+        self.deadline_s = 0.0
+        self.tenant = tenant
+        self.is_full = False
 
 
 @dataclass(frozen=True, slots=True)

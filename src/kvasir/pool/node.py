@@ -276,8 +276,8 @@ class PoolNode:
             own = self._retention.evict_own(tenant, count - room - len(self._slots.free), now)
             removed = self._evicted(own, "quota", now)
             count = min(count, len(self._slots.free) + room)
-        taken = self._slots.take(count, now)
-        return taken.slots, removed + self._evicted(taken.evicted, "evicted", now)
+        slots, evicted = self._slots.take(count, now)
+        return slots, removed + self._evicted(evicted, "evicted", now) if evicted else removed
 
     def _evicted(self, blocks: Sequence[Block], reason: str, now: float) -> list[PoolAnswer]:
         """DRAM let go of these."""
@@ -301,7 +301,7 @@ class PoolNode:
             return self._refuse("bad_slot", f"{event.owner} cannot insert slots {bad}: not reserved by it")
         if event.tenant and self._retention is None:
             self._retain()
-        lease = Lease(event.owner, [], [], tenant=event.tenant)
+        lease = Lease(event.owner, [], event.tenant)
         answers = self._fill_and_tell(owner, lease, event.blocks, now)
         self._let_go(lease, now)
         return answers
@@ -360,7 +360,7 @@ class PoolNode:
         if event.is_lookup:
             self._counters.lookups += len(event.keys)
             self._counters.hits += len(slots)
-        self._leases[event.lease] = Lease(event.owner, slots, slots.copy(), tenant=event.tenant)
+        self._leases[event.lease] = Lease(event.owner, slots, event.tenant)
         if event.tenant and self._retention is None:
             self._retain()
         owner.leases[event.lease] = None

@@ -19,8 +19,8 @@ class CacheReplay:
         """The number of leading blocks that were there."""
         pinned = self.slots.pin_prefix(keys, now)
         hits = len(pinned)
-        taken = self.slots.take(len(keys) - hits, now)
-        for depth, slot in enumerate(taken.slots, start=hits):
+        slots, _ = self.slots.take(len(keys) - hits, now)
+        for depth, slot in enumerate(slots, start=hits):
             first = self.slots.publish(keys[depth], slot, depth, now)
             if first != slot:
                 self.slots.give_back([slot])

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Final
 
 from kvasir.core.keys import BlockKey
 
-MAX_CLASS = 4
+MAX_CLASS: Final = 4
 """Uses are told apart as 1, 2 to 3, 4 to 7, 8 and more: their bit length, at most this. Nobody has used class 0."""
 
-AGES = 22
-TICKS_PER_SECOND = 8
+AGES: Final = 22
+TICKS_PER_SECOND: Final = 8
 """Ages are told apart by octaves from 1/8 s on; the last one begins at 36 hours."""
 
-SAMPLE = 4
+SAMPLE: Final = 4
 """One block in so many is watched, by its key, so that it is the same one after it was evicted."""
 
-MAX_WATCHED = 32_768
+MAX_WATCHED: Final = 32_768
 """Watched blocks; those of 131,000 blocks, here or gone."""
 
-REFIT_EVERY = 4096
+REFIT_EVERY: Final = 4096
 """Uses of watched blocks and newly watched ones after which the rates are computed anew, in some milliseconds at most."""
 
-KEEP = 0.9
+KEEP: Final = 0.9
 """Share of its weight that the past keeps at each refit: it counts for some 40,000 releases of watched blocks."""
 
-PRIOR_BLOCKS = 8.0
-PRIOR_REUSE = 0.25
+PRIOR_BLOCKS: Final = 8.0
+PRIOR_REUSE: Final = 0.25
 """Before anything was seen, as if of so many blocks this share had been reused in each octave of age: LRU's assumption."""
 
 _START = [0.0] + [2.0**i / TICKS_PER_SECOND for i in range(AGES)]

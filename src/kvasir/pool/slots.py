@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from kvasir.core.keys import BlockKey
 from kvasir.pool.eviction import Block, Eviction
@@ -12,15 +11,7 @@ from kvasir.pool.eviction import Block, Eviction
 T = TypeVar("T", bound=Eviction)
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """Slots that were free or made free, and the blocks that had to go for it, in that order."""
-
-    slots: tuple[int, ...]
-    evicted: tuple[Block, ...]
-
-
-CHUNK = 512
+CHUNK: Final = 512
 """Keys that are looked up at a time: few enough to waste little behind the end of a prefix."""
 
 
@@ -54,14 +45,14 @@ class SlotTable:
         assert block is not None, "only published slots are asked for"
         return block
 
-    def take(self, count: int, now: float) -> Taken:
-        """Up to `count` slots; blocks that nobody leases are evicted as needed."""
+    def take(self, count: int, now: float) -> tuple[tuple[int, ...], list[Block]]:
+        """Up to `count` slots, and the blocks that had to go for it, in that order: those that nobody leases."""
         evicted = self._evict(count, now) if count > len(self.free) else []
         free = self.free
         left = max(0, len(free) - count)
         slots = tuple(reversed(free[left:]))
         del free[left:]
-        return Taken(slots, tuple(evicted))
+        return slots, evicted
 
     def give_back(self, slots: Iterable[int]) -> None:
         """These become free."""
@@ -89,8 +80,8 @@ class SlotTable:
         if not index.keys().isdisjoint(keys) or len(set(keys)) < len(keys):
             return False
         index.update(zip(keys, slots, strict=True))
-        for key, slot in zip(keys, slots, strict=True):
-            blocks[slot] = Block(key, depth, depth, 1)
+        for place, slot in enumerate(slots):
+            blocks[slot] = Block(keys[place], depth, depth, 1)
             pins[slot] = 1
             depth += 1
         return True

@@ -5,59 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
-from msgspec import Struct
-
-from kvasir.core.commands import Candidate
-from kvasir.core.request import Request, Slo
+from kvasir.core.request import Slo
 from kvasir.core.units import format_duration
 from kvasir.costs.model import CostModel
 from kvasir.report.slo import ScaledSlo, scaled_limit_s
 from kvasir.scheduling.decode_choice import DecodeChoice
+from kvasir.scheduling.plan import Plan, Refusal
 
-MEMORY = 1000
+MEMORY: Final = 1000
 """Requests over which means are taken."""
 
-MIN_RETRY_S = 0.1
+MIN_RETRY_S: Final = 0.1
 """Nobody is told to come back sooner; a client's round trip is about that long."""
-
-
-class Outlook(Struct, frozen=True):
-    """A decode instance's batch and the sum of its contexts: those decoding now, and those expected at hand-off time."""
-
-    batch_now: int = 0
-    context_now: int = 0
-    batch_then: int = 0
-    context_then: int = 0
-
-
-class Plan(Struct, frozen=True):
-    """What would be done with the request. `waited_s` has passed since it arrived at the gateway.
-
-    Prefills that it goes before can be put off by `spare_s` and still meet their objective. `decode` counts all that the
-    decode instance was given, whether decoding or still in prefill; `outlook` tells them apart.
-    """
-
-    request: Request
-    candidate: Candidate
-    decode: DecodeChoice
-    waited_s: float
-    expected_output_tokens: int
-    spare_s: float = math.inf
-    outlook: Outlook = Outlook()
-
-    @property
-    def ttft_s(self) -> float:
-        return self.waited_s + self.candidate.ttft_s
-
-
-class Refusal(Struct, frozen=True):
-    """Why not, for the client: `code` for machines, `message` for people, and when it is worth trying again."""
-
-    code: str
-    message: str
-    retry_after_s: float
 
 
 class Admission(Protocol):
@@ -142,8 +103,8 @@ class OnPredictedLoad(AtDecode):
         return late_first_token(plan, self.slo, costs) or slow_decode(plan, then, self.slo, costs)
 
 
-RISE = 0.02
-FALL = 0.004
+RISE: Final = 0.02
+FALL: Final = 0.004
 """By how much the limit comes down when somebody has to be refused for lateness, and goes up when not. Their ratio bounds the
 share of those in an overload (a sixth); the rest is refused for being dear. Their size sets how fast it follows: the limit
 halves within 34 refusals, and doubles within 170 admissions."""

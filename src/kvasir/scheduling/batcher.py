@@ -9,7 +9,6 @@ from typing import Any
 from kvasir.core.commands import (
     Chunk,
     Command,
-    FilledBlock,
     HandOff,
     NeedPages,
     Preempt,
@@ -26,7 +25,7 @@ from kvasir.scheduling.batcher_check import check_decodes, check_pages, check_qu
 from kvasir.scheduling.chunking import BatcherConfig
 from kvasir.scheduling.decode_set import DecodeSet
 from kvasir.scheduling.queues import Queues
-from kvasir.scheduling.sequence import Sequence, rank_of, sequence_of
+from kvasir.scheduling.sequence import Sequence, rank_of
 from kvasir.scheduling.step_former import StepFormer, chunk_of
 
 
@@ -109,17 +108,18 @@ class Batcher:
 
     def _submitted(self, event: Submitted, commands: list[Command], now: float) -> None:
         block_tokens = self._config.block_tokens
-        if event.request_id in self._queues:
-            raise InvariantError(f"{event.request_id} was submitted twice")
-        if not event.num_computed < event.num_tokens < event.max_total_tokens:
-            raise InvariantError(f"expected num_computed < num_tokens < max_total_tokens, got {event}")
-        if event.available is not None and not 0 <= event.available <= event.num_tokens:
-            raise InvariantError(f"expected at most num_tokens available, got {event}")
-        if len(event.pages) != -(-event.num_computed // block_tokens):
-            raise InvariantError(f"expected pages for exactly num_computed tokens, got {event}")
         rank = (-event.priority, now if event.rank is None else event.rank, self._num_submitted)
+        seq = Sequence(event, rank=rank, block_tokens=block_tokens)
+        if seq.id in self._queues:
+            raise InvariantError(f"{seq.id} was submitted twice")
+        if not seq.num_computed < seq.num_tokens < seq.max_total_tokens:
+            raise InvariantError(f"expected num_computed < num_tokens < max_total_tokens, got {event}")
+        if seq.available is not None and not 0 <= seq.available <= seq.num_tokens:
+            raise InvariantError(f"expected at most num_tokens available, got {event}")
+        if seq.num_leased != -(-seq.num_computed // block_tokens):
+            raise InvariantError(f"expected pages for exactly num_computed tokens, got {event}")
         self._num_submitted += 1
-        self._queues.add(sequence_of(event, rank=rank, block_tokens=block_tokens))
+        self._queues.add(seq)
 
     def _extended(self, event: Extended, commands: list[Command], now: float) -> None:
         seq = self._queues.get(event.request_id)
@@ -134,15 +134,16 @@ class Batcher:
         step = self._step
         if step is None:
             raise InvariantError("StepDone without a step in flight")
-        if not (1 if step.chunks or event.finished else 0) <= event.steps <= step.repeats:
+        passes, finished = event.steps, frozenset(event.finished)
+        if not (1 if self._prompts or finished else 0) <= passes <= step.repeats:
             raise InvariantError(f"a step of {step.repeats} passes was in flight, got {event}")
         self._step = None
-        finished = frozenset(event.finished)
-        touched = self._decodes.advance(event.steps)
+        touched = self._decodes.advance(passes)
         if finished or self._leaving:
             touched = self._with_leavers(touched, finished)
         if touched:
-            touched.sort(key=rank_of)
+            if len(touched) > 1:
+                touched.sort(key=rank_of)
             for seq in touched:
                 self._decoded(seq, seq.id in finished, commands)
         prompts = self._prompts
@@ -195,7 +196,7 @@ class Batcher:
     def _publish(self, seq: Sequence, commands: list[Command]) -> None:
         num_full = seq.num_computed // self._config.block_tokens
         if num_full > seq.num_full:
-            commands.append(Publish(seq.id, tuple([FilledBlock(i, seq.pages[i]) for i in range(seq.num_full, num_full)])))
+            commands.append(Publish(seq.id, seq.num_full, seq.pages[seq.num_full : num_full]))
             seq.num_full = num_full
             seq.num_leased = max(seq.num_leased, num_full)
 

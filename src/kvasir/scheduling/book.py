@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right, insort
-from dataclasses import dataclass
 from operator import attrgetter
 
 from kvasir.core.errors import InvariantError
 
 
-@dataclass(frozen=True, slots=True)
 class Entry:
     """A prefill sent: predicted seconds, new tokens, its place in the queue (`rank`, ties by `number`), when it is due."""
 
-    request_id: str
-    seconds: float
-    tokens: int
-    sent_s: float
-    rank: float
-    number: int
-    due_s: float
+    __slots__ = ("due_s", "number", "rank", "request_id", "seconds", "sent_s", "tokens")
+
+    def __init__(self, request_id: str, seconds: float, tokens: int, *, sent_s: float, rank: float, number: int, due_s: float):
+        self.request_id = request_id
+        self.seconds = seconds
+        self.tokens = tokens
+        self.sent_s = sent_s
+        self.rank = rank
+        self.number = number
+        self.due_s = due_s
 
 
 _place = attrgetter("rank", "number")
@@ -92,7 +93,8 @@ class PrefillBook:
         if not self._order:
             self._done_s, self._as_of_s = 0.0, now
         self._number += 1
-        entry = Entry(request_id, seconds, tokens, now, now if rank is None else rank, self._number, due_s)
+        rank = now if rank is None else rank
+        entry = Entry(request_id, seconds, tokens, sent_s=now, rank=rank, number=self._number, due_s=due_s)
         self._by_id[request_id] = entry
         insort(self._order, entry, key=_place)
         self.pending_s += seconds

@@ -16,12 +16,12 @@ from kvasir.core.request import Request, Slo
 from kvasir.costs.model import CostModel
 from kvasir.pool.directory import BlockDirectory
 from kvasir.report.slo import ScaledSlo
-from kvasir.scheduling.admission import Refusal
 from kvasir.scheduling.cores import CoreSharing
 from kvasir.scheduling.decode_choice import DecodeChoice
 from kvasir.scheduling.fleet import Fleet, Instance, Seat
 from kvasir.scheduling.placed import Homeless, Placed, State
 from kvasir.scheduling.placer import ConductorConfig, Placer, Proposal, Rules
+from kvasir.scheduling.plan import Refusal
 from kvasir.scheduling.replication import Replication
 from kvasir.scheduling.roles import Roles
 
@@ -248,11 +248,9 @@ class Conductor:
     def _start(self, request: Request, proposal: Proposal, now: float, before: Placed | None = None) -> Prefill:
         chosen, decode = proposal.choice.chosen, proposal.decode.instance
         placed = Placed(
-            request=request,
-            state=State.PREFILLING,
-            prefill=chosen.instance,
+            request,
+            chosen.instance,
             group=chosen.group,
-            decode=None,
             hands_off=chosen.instance != decode,
             attempts=before.attempts + 1 if before else 1,
             failed_on=before.failed_on if before else frozenset(),

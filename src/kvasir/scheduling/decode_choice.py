@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 import numpy as np
 from msgspec import Struct
@@ -11,7 +12,7 @@ from msgspec.structs import replace
 from kvasir.core.commands import Candidate
 from kvasir.scheduling.view import ClusterView, DecodeColumns, Floats
 
-FULL = 0.85
+FULL: Final = 0.85
 """Instances that only decode are filled up to this as long as others can take the rest: what is left takes a burst."""
 
 

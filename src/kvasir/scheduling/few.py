@@ -100,31 +100,35 @@ class FewView:
         best, is_layerwise = self.best_tokens, self.layerwise
         rest_s = self.prefill_s(best)
         by_prefix = {prefix: (self.prefill_s(prefix), self.transfer_s(best - prefix)) for prefix in set(self.prefix_tokens)}
-        seconds = []
-        for prefix, wait_s, pace in zip(self.prefix_tokens, self.wait_s, self.pace, strict=True):
+        never = math.inf
+        seconds: list[tuple[float, float]] = []
+        for row, prefix in enumerate(self.prefix_tokens):
             prefill_s, transfer_s = by_prefix[prefix]
+            pace = self.pace[row]
             if transfer_s <= 0.0:
-                seconds.append((prefill_s / pace, math.inf))
+                seconds.append((prefill_s / pace, never))
                 continue
             if is_layerwise:
-                transfer_s = max(0.0, transfer_s - wait_s - rest_s)
+                transfer_s = transfer_s - self.wait_s[row] - rest_s
+                if transfer_s < 0.0:
+                    transfer_s = 0.0
             seconds.append((prefill_s / pace, transfer_s + rest_s / pace))
         return seconds
 
     def local(self, row: int) -> Candidate:
         prefix = self.prefix_tokens[row]
         prefill_s = self.prefill_s(prefix) / self.pace[row]
-        return Candidate(self.prefillers[row].info.id, self.wait_s[row], 0.0, prefill_s, prefix)
+        return Candidate(self.prefillers[row].id, self.wait_s[row], 0.0, prefill_s, prefix)
 
     def pipeline(self, rows: list[int]) -> Candidate:
-        group = tuple([self.prefillers[row].info.id for row in rows])
+        group = tuple([self.prefillers[row].id for row in rows])
         return staged(self, group, wait_s=max([self.wait_s[row] for row in rows]), pace=min([self.pace[row] for row in rows]))
 
     def fetch(self, row: int, seconds: float) -> Candidate:
         own, best = self.prefix_tokens[row], self.best_tokens
         prefill_s = self.prefill_s(best) / self.pace[row]
         transfer_s = max(0.0, seconds - prefill_s)
-        name = self.prefillers[row].info.id
+        name = self.prefillers[row].id
         return Candidate(name, self.wait_s[row], transfer_s, prefill_s, best, best - own, self.source)
 
 
@@ -143,7 +147,7 @@ def least_expected_tbt_of_few(view: FewView, prefill: Candidate | None, kv_token
     came = min(1.0, stays_s / in_s) if in_s > 0.0 else 1.0
     batches = [_then(view.fleet, known, stayed, came) for known in view.decoders]
     is_shown = _row_of(view, prefill) is not None and view.transfer_s(view.num_prompt_tokens) > prefill.prefill_s
-    only = [] if is_shown else [row for row, known in enumerate(view.decoders) if not known.info.role.can_prefill]
+    only = [] if is_shown else [row for row, known in enumerate(view.decoders) if not known.can_prefill]
     if only and len(only) < len(batches):
         rooms = [(tbt_s, row) for row in only if (tbt_s := _tbt_with_room_s(view, row, batches[row], kv_tokens)) is not None]
         if rooms:
@@ -155,10 +159,10 @@ def least_expected_tbt_of_few(view: FewView, prefill: Candidate | None, kv_token
 def _tbt_with_room_s(view: FewView, row: int, expected: _Batch, kv_tokens: int) -> float | None:
     """The step time with the request in it where that leaves a burst room, else None."""
     batch, context_tokens, free = expected
-    info = view.decoders[row].info
+    known = view.decoders[row]
     tbt_s = view.costs.decode_step_s(batch + 1, context_tokens + view.num_prompt_tokens)
-    held = info.kv_tokens - free + kv_tokens
-    has_room = batch + 1 <= FULL * info.max_batch and held <= FULL * info.kv_tokens and tbt_s <= FULL * view.tbt_s
+    held = known.max_kv_tokens - free + kv_tokens
+    has_room = batch + 1 <= FULL * known.max_batch and held <= FULL * known.max_kv_tokens and tbt_s <= FULL * view.tbt_s
     return tbt_s if has_room else None
 
 
@@ -192,7 +196,7 @@ def _then(fleet: Fleet, known: Instance, stayed: float, came: float) -> _Batch:
     return (
         int(taken.batch * stayed + (len(known.seats) - taken.batch) * came),
         int(taken.context_tokens * stayed + (known.context_tokens - taken.context_tokens) * came),
-        known.info.kv_tokens - int(taken.kv_tokens * stayed + (reserved - taken.kv_tokens) * came),
+        known.max_kv_tokens - int(taken.kv_tokens * stayed + (reserved - taken.kv_tokens) * came),
     )
 
 
@@ -204,7 +208,7 @@ def _least_tbt(view: FewView, prefill: Candidate | None, kv_tokens: int, batches
     best, least_s = 0, float("inf")
     for row, (batch, context_tokens, free) in enumerate(batches):
         tbt_s = step_s(batch + 1, context_tokens + prompt)
-        if batch >= view.decoders[row].info.max_batch or kv_tokens > free:
+        if batch >= view.decoders[row].max_batch or kv_tokens > free:
             tbt_s += 1e6
         if tbt_s < least_s:
             best, least_s = row, tbt_s
@@ -214,12 +218,16 @@ def _least_tbt(view: FewView, prefill: Candidate | None, kv_tokens: int, batches
 def _row_of(view: FewView, prefill: Candidate | None) -> int | None:
     if prefill is None:
         return None
-    return next((row for row, known in enumerate(view.decoders) if known.info.id == prefill.instance), None)
+    name = prefill.instance
+    for row, known in enumerate(view.decoders):
+        if known.id == name:
+            return row
+    return None
 
 
 def _choice(view: FewView, known: Instance, expected: _Batch, kv_tokens: int) -> DecodeChoice:
-    batch, max_batch = expected[0] + 1, known.info.max_batch
+    batch, max_batch = expected[0] + 1, known.max_batch
     context = expected[1] + view.num_prompt_tokens
     fits = batch <= max_batch and kv_tokens <= expected[2]
     ahead = 0 if fits else max(1, batch - max_batch)
-    return DecodeChoice(known.info.id, view.costs.decode_step_s(batch, context), batch, context, fits, ahead)
+    return DecodeChoice(known.id, view.costs.decode_step_s(batch, context), batch, context, fits, ahead)

@@ -4,51 +4,52 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 from msgspec import structs
 
 from kvasir.core.errors import InvariantError
 from kvasir.core.events import InstanceInfo, InstanceLoad
-from kvasir.core.request import Role
 from kvasir.costs.model import CostModel
 from kvasir.pool.match import PrefixMatch, Runs
-from kvasir.scheduling.admission import Outlook
 from kvasir.scheduling.book import PrefillBook
+from kvasir.scheduling.plan import Outlook
 from kvasir.scheduling.view import Bools, DecodeColumns, Floats, Ints, PrefillColumns
 
-LEAST_PACE = 0.02
+LEAST_PACE: Final = 0.02
 """An instance whose decode steps leave no slack still prefills a little: a prediction must stay finite."""
 
 
-@dataclass(slots=True)
 class Seat:
     """A place in a decode batch: context that will be read each step, KV that will be held, and from when to when.
 
     `is_taken`: the request decodes; until then `joins_s` is when its prefill is predicted to be done.
     """
 
-    context_tokens: int
-    kv_tokens: int
-    joins_s: float
-    stays_s: float
-    is_taken: bool = False
-    leaves_s: float = field(init=False)
+    __slots__ = ("context_tokens", "is_taken", "joins_s", "kv_tokens", "leaves_s", "stays_s")
 
-    def __post_init__(self) -> None:
-        self.leaves_s = self.joins_s + self.stays_s
+    def __init__(self, context_tokens: int, kv_tokens: int, joins_s: float, stays_s: float):
+        self.context_tokens = context_tokens
+        self.kv_tokens = kv_tokens
+        self.joins_s = joins_s
+        self.stays_s = stays_s
+        self.leaves_s = joins_s + stays_s
+        self.is_taken = False
 
     def join(self, now: float) -> None:
         self.joins_s, self.leaves_s, self.is_taken = now, now + self.stays_s, True
 
 
-@dataclass(slots=True)
 class Taken:
     """Those of an instance's seats whose requests decode now."""
 
-    batch: int = 0
-    context_tokens: int = 0
-    kv_tokens: int = 0
+    __slots__ = ("batch", "context_tokens", "kv_tokens")
+
+    def __init__(self, batch: int = 0, context_tokens: int = 0, kv_tokens: int = 0):
+        self.batch = batch
+        self.context_tokens = context_tokens
+        self.kv_tokens = kv_tokens
 
     def add(self, seat: Seat, sign: int = 1) -> None:
         self.batch += sign
@@ -69,6 +70,20 @@ class Instance:
     context_tokens: int = 0
     kv_tokens: int = 0
     taken: Taken = field(default_factory=Taken)
+    id: str = ""
+    max_batch: int = 0
+    max_kv_tokens: int = 0
+    can_prefill: bool = False
+    can_decode: bool = False
+
+    def __post_init__(self) -> None:
+        self.introduce(self.info)
+
+    def introduce(self, info: InstanceInfo) -> None:
+        """It is this now. What is asked for in each decision is at hand without a look into `info`."""
+        self.info = info
+        self.id, self.max_batch, self.max_kv_tokens = info.id, info.max_batch, info.kv_tokens
+        self.can_prefill, self.can_decode = info.role.can_prefill, info.role.can_decode
 
 
 class Fleet:
@@ -141,7 +156,7 @@ class Fleet:
         if info == known.info:
             return
         is_role_only = info == structs.replace(known.info, role=info.role)
-        known.info = info
+        known.introduce(info)
         if is_role_only:
             self._index_roles()
         else:
@@ -205,7 +220,7 @@ class Fleet:
 
     def free_kv_tokens(self, instance: Instance) -> int:
         """KV of its node that is not spoken for."""
-        return instance.info.kv_tokens - self._reserved.get(instance.info.node, 0)
+        return instance.max_kv_tokens - self._reserved.get(instance.info.node, 0)
 
     def reserved_kv_tokens(self, instance: Instance) -> int:
         """KV of its node that is spoken for."""
@@ -412,7 +427,7 @@ class Fleet:
 
     def _seated(self, known: Instance, now: float) -> None:
         self._stale_seats.update(self._rows_of[known.info.node])
-        if self._mixed_step_s is not None and known.info.role is not Role.DECODE:
+        if self._mixed_step_s is not None and known.can_prefill:
             known.book.at_pace(self._pace(known, self._mixed_step_s), now)
             self._stale_books.add(known.row)
 
@@ -427,7 +442,8 @@ class Fleet:
         if context_tokens < taken.context_tokens:
             context_tokens = taken.context_tokens
         decode_s = self._costs.decode_step_s(batch, context_tokens)
-        return max(LEAST_PACE, 1.0 - (decode_s + self._token_s) / step_s)
+        pace = 1.0 - (decode_s + self._token_s) / step_s
+        return max(LEAST_PACE, pace)
 
     def _wait_s(self, rows: Ints, now: float, rank: float) -> Floats:
         """All that was sent goes first unless somebody queues after `rank`; see PrefillBook.wait_s for the formula."""

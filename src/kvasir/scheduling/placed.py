@@ -15,7 +15,6 @@ class State(StrEnum):
     DECODING = "decoding"
 
 
-@dataclass(slots=True, eq=False)
 class Placed:
     """`decode` is None while its decode instance is lost and the prefill not done: the next is chosen then.
 
@@ -23,14 +22,26 @@ class Placed:
     stages in `group`, `prefill` the last of them.
     """
 
-    request: Request
-    state: State
-    prefill: str
-    decode: str | None
-    hands_off: bool
-    attempts: int
-    failed_on: frozenset[str]
-    group: tuple[str, ...] = ()
+    __slots__ = ("attempts", "decode", "failed_on", "group", "hands_off", "prefill", "request", "state")
+
+    def __init__(
+        self,
+        request: Request,
+        prefill: str,
+        *,
+        group: tuple[str, ...],
+        hands_off: bool,
+        attempts: int,
+        failed_on: frozenset[str],
+    ):
+        self.request = request
+        self.state = State.PREFILLING
+        self.prefill = prefill
+        self.group = group
+        self.decode: str | None = None
+        self.hands_off = hands_off
+        self.attempts = attempts
+        self.failed_on = failed_on
 
     @property
     def members(self) -> tuple[str, ...]:

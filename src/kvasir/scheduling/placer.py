@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from msgspec import structs
 
@@ -17,23 +17,24 @@ from kvasir.costs.model import CostModel
 from kvasir.pool.directory import BlockDirectory
 from kvasir.pool.match import PrefixMatch
 from kvasir.report.slo import ScaledSlo
-from kvasir.scheduling.admission import MIN_RETRY_S, Admission, Plan, Refusal, ttft_limit_s
+from kvasir.scheduling.admission import MIN_RETRY_S, Admission, ttft_limit_s
 from kvasir.scheduling.decode_choice import DecodeChoice, DecodeRule, least_tbt
 from kvasir.scheduling.few import FEW, RULES_OF_FEW, FewView, least_tbt_of_few
 from kvasir.scheduling.fleet import Fleet
+from kvasir.scheduling.plan import Plan, Refusal
 from kvasir.scheduling.policies.interface import Choice, Placement, PlacementOfFew
 from kvasir.scheduling.ranks import Rank, first_come
 from kvasir.scheduling.view import ClusterView
 
 View = TypeVar("View", ClusterView, FewView)
 
-PRIOR_WEIGHT = 32
+PRIOR_WEIGHT: Final = 32
 """The configured expectation of output lengths counts as so many answers seen."""
 
-MEMORY = 2000
+MEMORY: Final = 2000
 """Answers over which the mean output length is learned: some minutes of traffic on a busy cluster."""
 
-TTFT_MEMORY = 100
+TTFT_MEMORY: Final = 100
 """Placements over which the mean predicted TTFT is taken: it follows a queue that builds up within seconds."""
 
 
@@ -88,20 +89,22 @@ class Rules:
     rank: Rank = first_come
 
 
-@dataclass(frozen=True, slots=True)
 class Proposal:
     """Where a request would go, at which place in the queue, or, with a `refusal`, why it should not be started.
 
     Each instance of the plan will be at work for `work_s`; the first token is due at `due_s`.
     """
 
-    choice: Choice
-    decode: DecodeChoice
-    decision: Decision
-    rank: float
-    due_s: float
-    work_s: float
-    refusal: Refusal | None = None
+    __slots__ = ("choice", "decision", "decode", "due_s", "rank", "refusal", "work_s")
+
+    def __init__(self, choice: Choice, decode: DecodeChoice, decision: Decision, *, rank: float, due_s: float, work_s: float):
+        self.choice = choice
+        self.decode = decode
+        self.decision = decision
+        self.rank = rank
+        self.due_s = due_s
+        self.work_s = work_s
+        self.refusal: Refusal | None = None
 
 
 class Placer:
@@ -163,10 +166,10 @@ class Placer:
         """For a new request: placement, and a refusal if the admission rule says so."""
         proposal = self.replace(request, now)
         refusal = self._rules.admission.judge(self._plan(request, proposal, now), self._costs)
-        if refusal is None:
-            return proposal
-        decision = structs.replace(proposal.decision, refusal=refusal.message)
-        return replace(proposal, decision=decision, refusal=refusal)
+        if refusal is not None:
+            proposal.refusal = refusal
+            proposal.decision = structs.replace(proposal.decision, refusal=refusal.message)
+        return proposal
 
     def replace(self, request: Request, now: float, avoid: frozenset[str] = frozenset()) -> Proposal:
         """For a request that was admitted before; `avoid` instances are used only if there are no others."""
@@ -197,7 +200,8 @@ class Placer:
         self._foresee(chosen.ttft_s)
         decode = rule(view, chosen, self.kv_tokens(request))
         work_s = view.prefill_s(chosen.prefix_tokens) / len(chosen.members)
-        return Proposal(choice, decode, self._decision(request, choice, decode, now), rank, due_s, work_s)
+        decision = self._decision(request, choice, decode, now)
+        return Proposal(choice, decode, decision, rank=rank, due_s=due_s, work_s=work_s)
 
     def decode_only(self, request: Request, now: float, avoid: frozenset[str]) -> DecodeChoice:
         """A decode instance for a request whose KV is complete."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from operator import attrgetter
 
 from kvasir.core.events import Submitted
@@ -10,7 +9,6 @@ from kvasir.core.events import Submitted
 rank_of = attrgetter("rank")
 
 
-@dataclass(slots=True, eq=False)
 class Sequence:
     """Tokens and pages of one request on one instance.
 
@@ -26,26 +24,54 @@ class Sequence:
     sequence is in a DecodeSet, which advances it, `num_computed` and `num_tokens` are as of its last settling.
     """
 
-    id: str
-    rank: tuple[int, float, int]
-    num_tokens: int
-    num_computed: int
-    max_total_tokens: int
-    hand_off: bool
-    end: int
-    pages: tuple[int, ...]
-    num_leased: int
-    num_full: int
-    share: float = 1.0
-    available: int | None = None
-    is_stage: bool = False
-    has_begun: bool = False
-    in_flight: int = 0
-    is_cancelled: bool = False
-    home: list[Sequence] | None = field(default=None, repr=False)  # the queue that it is in
-    ticket: int = 0  # its place in a DecodeSet's schedule; 0 outside
-    offset: int = 0  # tokens computed, less passes made: constant while in a DecodeSet
-    growth: int = 0  # pages that the DecodeSet counts for it
+    __slots__ = (
+        "available",
+        "end",
+        "growth",
+        "hand_off",
+        "has_begun",
+        "home",
+        "id",
+        "in_flight",
+        "is_cancelled",
+        "is_stage",
+        "max_total_tokens",
+        "num_computed",
+        "num_full",
+        "num_leased",
+        "num_tokens",
+        "offset",
+        "pages",
+        "rank",
+        "share",
+        "ticket",
+    )
+
+    def __init__(self, event: Submitted, *, rank: tuple[int, float, int], block_tokens: int):
+        self.id: str = event.request_id
+        self.rank = rank
+        self.num_tokens: int = event.num_tokens
+        self.num_computed: int = event.num_computed
+        self.max_total_tokens: int = event.max_total_tokens
+        self.hand_off: bool = event.hand_off
+        self.is_stage: bool = event.is_stage
+        self.end = self.num_tokens if self.hand_off or self.is_stage else self.max_total_tokens - 1
+        self.pages: tuple[int, ...] = event.pages
+        self.num_leased = len(self.pages)
+        self.num_full = self.num_computed // block_tokens
+        self.share: float = event.share
+        self.available: int | None = event.available
+        self.has_begun = False
+        self.in_flight = 0
+        self.is_cancelled = False
+        self.home: list[Sequence] | None = None
+        """The queue that it is in."""
+        self.ticket = 0
+        """Its place in a DecodeSet's schedule; 0 outside."""
+        self.offset = 0
+        """Tokens computed, less passes made: constant while in a DecodeSet."""
+        self.growth = 0
+        """Pages that the DecodeSet counts for it."""
 
     @property
     def remaining(self) -> int:
@@ -75,21 +101,3 @@ class Sequence:
         """Pages missing to hold the first `tokens` tokens, of those that will be computed."""
         missing = -(-min(tokens, self.end) // block_tokens) - len(self.pages)
         return max(0, missing)
-
-
-def sequence_of(event: Submitted, *, rank: tuple[int, float, int], block_tokens: int) -> Sequence:
-    return Sequence(
-        id=event.request_id,
-        rank=rank,
-        num_tokens=event.num_tokens,
-        num_computed=event.num_computed,
-        max_total_tokens=event.max_total_tokens,
-        hand_off=event.hand_off,
-        end=event.num_tokens if event.hand_off or event.is_stage else event.max_total_tokens - 1,
-        pages=event.pages,
-        num_leased=len(event.pages),
-        num_full=event.num_computed // block_tokens,
-        share=event.share,
-        available=event.available,
-        is_stage=event.is_stage,
-    )

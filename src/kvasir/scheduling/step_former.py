@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from kvasir.core.commands import Chunk
 from kvasir.costs.model import CostModel
 from kvasir.scheduling.chunking import BatcherConfig, ChunkBudget
 from kvasir.scheduling.queues import Queues
 from kvasir.scheduling.sequence import Sequence, rank_of
 
-STEPS_AHEAD = 2
+STEPS_AHEAD: Final = 2
 """Pages are asked for this many full steps of prefill ahead: one in flight, one next."""
 
 

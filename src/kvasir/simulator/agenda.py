@@ -41,10 +41,10 @@ class Agenda:
 
     def run(self) -> None:
         """Let things happen, one after the other, until somebody says `stop` (or nothing is planned: IndexError)."""
-        heap = self._heap
+        heap, pop = self._heap, heappop
         self._is_stopped = False
         while not self._is_stopped:
-            self.now, _, call, argument = heappop(heap)
+            self.now, _, call, argument = pop(heap)
             call(argument)
 
     def stop(self) -> None:

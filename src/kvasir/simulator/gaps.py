@@ -10,8 +10,9 @@ Every decoding sequence is in every step of its instance, except while pages are
 from __future__ import annotations
 
 from array import array
+from typing import Final
 
-TAIL_PER_CENT = 10
+TAIL_PER_CENT: Final = 10
 """TBT of a request is the mean of its longest tenth of gaps: report/timeline.py has the definition for single tokens."""
 
 Runs = list[tuple[float, int]]

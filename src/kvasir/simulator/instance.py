@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from kvasir.core.commands import Command, HandOff, NeedPages, Preempt, Publish, Release, ReturnPages, Starved, Step
 from kvasir.core.events import (
@@ -35,7 +35,7 @@ from kvasir.simulator.jobs import Seq
 from kvasir.simulator.memory import Memory
 from kvasir.simulator.node import SimNode
 
-OFFER_S = 30.0
+OFFER_S: Final = 30.0
 """How long a handed-off prompt waits in the pool for the instance that decodes it, as live."""
 
 
@@ -110,6 +110,7 @@ class SimInstance:
         self._step: Step | None = None
         self._number = 0  # of the step; what is planned for an earlier one is void
         self._passes = 1
+        self._repeats = 1
         self._start_s = 0.0
         self._first_s = 0.0
         self._growth_s = 0.0
@@ -289,7 +290,7 @@ class SimInstance:
         handle, now = self.batcher.handle, self._agenda.now
         following: Event | None = event
         while following is not None:
-            if self._step is not None and self._step.repeats > 1:
+            if self._repeats > 1 and self._step is not None:
                 self._cut()
             for command in handle(following, now):
                 _HANDLERS[type(command)](self, command)
@@ -303,7 +304,7 @@ class SimInstance:
             self._num_left = 0
 
     def _published(self, command: Publish) -> None:
-        self.memory.publish(self.sequences[command.request_id], command.blocks)
+        self.memory.publish(self.sequences[command.request_id], command.first, command.pages)
 
     def _need_pages(self, command: NeedPages) -> None:
         self._inbox.append(PagesGranted(self.memory.reserve(command.count)))
@@ -348,27 +349,29 @@ class SimInstance:
         now = self._agenda.now
         if now < self._resumes_s:
             now = self._resumes_s
-        self._step, self._start_s = step, now
-        self._passes = step.repeats if self._cores is None and not self._pauses else 1
+        costs, batch, repeats = self._costs, step.batch, step.repeats
+        self._step, self._start_s, self._repeats = step, now, repeats
+        self._passes = repeats if self._cores is None and not self._pauses else 1
         self._number += 1
         seconds = 0.0
         for chunk in step.chunks:
             seq = self.sequences[chunk.request_id]
-            seconds += self._costs.prefill_s(chunk.length, chunk.start) * seq.share
+            seconds += costs.prefill_s(chunk.length, chunk.start) * seq.share
             if not seq.is_started:
                 self._started(seq)
         self.prefill_s += seconds
-        self.decode_batch = step.batch
-        if step.batch:
-            self._singles = singles = self._decoding.begin(step.batch, now)
+        self.decode_batch = batch
+        if batch:
+            self._singles = singles = self._decoding.begin(batch, now)
             for seq in singles:
                 self._passes = 1
                 if not seq.is_started:
                     self._started(seq)
-            pass_s = self._costs.decode_step_s(step.batch, step.context_tokens)
+            context_tokens = step.context_tokens
+            pass_s = costs.decode_step_s(batch, context_tokens)
             if self._passes > 1:
-                reach = step.context_tokens + step.batch * (step.repeats - 1)
-                self._growth_s = (self._costs.decode_step_s(step.batch, reach) - pass_s) / (step.repeats - 1)
+                reach = context_tokens + batch * (repeats - 1)
+                self._growth_s = (costs.decode_step_s(batch, reach) - pass_s) / (repeats - 1)
             else:
                 self._growth_s = 0.0
             seconds += pass_s
@@ -420,7 +423,7 @@ class SimInstance:
         now, passes = self._agenda.now, self._passes
         self.busy_s += now - self._start_s
         self._step = None
-        if step.batch:
+        if self.decode_batch:
             self._decoding.end(passes, now - self._start_s, now)
         if self._pauses:
             seconds = now - self._start_s if passes == 1 else self._first_s + (passes - 1) * self._growth_s

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
-from kvasir.core.commands import FilledBlock
 from kvasir.core.errors import InvariantError
 from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import (
@@ -61,7 +60,9 @@ class Memory(Protocol):
 
     def revoke(self, pages: tuple[int, ...]) -> None: ...
 
-    def publish(self, seq: Seq, blocks: tuple[FilledBlock, ...]) -> None: ...
+    def publish(self, seq: Seq, first: int, pages: tuple[int, ...]) -> None:
+        """The sequence's blocks from `first` on are complete in these pages."""
+        ...
 
     def offer(self, seq: Seq, pages: tuple[int, ...], deadline_s: float) -> None: ...
 
@@ -179,8 +180,8 @@ class SharedMemory(_PoolUser):
         if pages:
             self._node.handle(PutRevoke(self._owner, self._epoch, pages))
 
-    def publish(self, seq: Seq, blocks: tuple[FilledBlock, ...]) -> None:
-        keyed = tuple([KeyedSlot(self._key(seq, block.index), block.page) for block in blocks])
+    def publish(self, seq: Seq, first: int, pages: tuple[int, ...]) -> None:
+        keyed = tuple([KeyedSlot(self._key(seq, first + i), page) for i, page in enumerate(pages)])
         self._node.handle(PutEnd(self._owner, self._epoch, seq.name, keyed))
 
     def offer(self, seq: Seq, pages: tuple[int, ...], deadline_s: float) -> None:
@@ -263,12 +264,12 @@ class DeviceMemory(_PoolUser):
     def revoke(self, pages: tuple[int, ...]) -> None:
         self._free.extend(pages)
 
-    def publish(self, seq: Seq, blocks: tuple[FilledBlock, ...]) -> None:
-        first = blocks[0].index
-        seq.pages += [block.page for block in blocks[max(0, len(seq.pages) - first) :]]
+    def publish(self, seq: Seq, first: int, pages: tuple[int, ...]) -> None:
+        num_known = len(seq.pages) - first
+        seq.pages += pages[num_known:] if num_known > 0 else pages
         if not seq.has_lease:
             return
-        keys = seq.job.keys[first : blocks[-1].index + 1]
+        keys = seq.job.keys[first : first + len(pages)]
         if not keys:
             return
         if seq.deferred is not None:

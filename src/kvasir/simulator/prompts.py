@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from kvasir.core.errors import ConfigError
 from kvasir.core.keys import KEY_BYTES, BlockKey
 from kvasir.workload.trace import TraceRequest
 
-_PART_SHIFT = 64
+_PART_SHIFT: Final = 64
 _OUTPUT_BIT = 1 << 127
 
 

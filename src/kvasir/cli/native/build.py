@@ -11,10 +11,12 @@ from pathlib import Path
 from kvasir.cli.native.load import SOURCES, built_folder
 
 MODULES = {
+    "costs": "quick",
     "pool": "cost_aware directory eviction ghosts leases match node reuse slots ssd",
-    "scheduling": "batcher book chunking conductor decode_set few fleet placed placer queues roles sequence step_former",
-    "scheduling/policies": "dynamo kvasir mooncake",
-    "simulator": "agenda cores decoding gaps hub instance jobs memory network node prompts simulation",
+    "scheduling": "admission batcher book chunking conductor decode_set few fleet placed placer queues roles"
+    " sequence step_former",
+    "scheduling/policies": "best dynamo kvasir mooncake",
+    "simulator": "agenda cores decoding gaps hub instance jobs memory network node prompts records simulation",
 }
 """What runs for every request. It must not define Structs, which mypyc does not know, nor what goes to other processes."""
 

@@ -6,7 +6,8 @@ from random import Random
 
 import numpy as np
 
-from kvasir.scheduling.policies.interface import Choice, best_of
+from kvasir.scheduling.policies.best import best_of
+from kvasir.scheduling.policies.interface import Choice
 from kvasir.scheduling.view import ClusterView, Floats, Ints
 
 PREFILL_LOAD_SCALE = 1.0

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from random import Random
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 from msgspec import Struct
 
 from kvasir.core.commands import Candidate
-from kvasir.scheduling.view import ClusterView, Floats
+from kvasir.scheduling.view import ClusterView
 
 if TYPE_CHECKING:
     from kvasir.scheduling.few import FewView
 
-NUM_RECORDED = 3
+NUM_RECORDED: Final = 3
 """How many candidates a decision records: the chosen one and the next best."""
 
 
@@ -50,15 +49,3 @@ class PlacementOfFew(Protocol):
     def place_few(self, view: FewView) -> Choice | None:
         """What `place` would choose, or None to be asked that after all."""
         ...
-
-
-def best_of(scores: Floats, candidate: Callable[[int], Candidate], why: str) -> Choice:
-    """The row with the least score, and the next best for the record; the first of equals is the lowest id."""
-    rows = scores.argsort(kind="stable")[:NUM_RECORDED]
-    return Choice(tuple([candidate(row) for row in rows.tolist()]), f"{why} among {len(scores)}")
-
-
-def best_of_few(scores: list[float], candidate: Callable[[int], Candidate], why: str) -> Choice:
-    """As `best_of`."""
-    rows = sorted(range(len(scores)), key=scores.__getitem__)[:NUM_RECORDED]
-    return Choice(tuple([candidate(row) for row in rows]), f"{why} among {len(scores)}")

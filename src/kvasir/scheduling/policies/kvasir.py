@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import math
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from kvasir.core.commands import Candidate
-from kvasir.scheduling.policies.interface import Choice, best_of, best_of_few
+from kvasir.scheduling.policies.best import best_of, best_of_few
+from kvasir.scheduling.policies.interface import Choice
 from kvasir.scheduling.view import ClusterView, Floats
 
 if TYPE_CHECKING:
     from kvasir.scheduling.few import FewView
 
-MARGIN = 0.9
+MARGIN: Final = 0.9
 """A plan is in time when it is predicted to need at most this share of what is left until the first token is due."""
 
-IDLE = 0.1
+IDLE: Final = 0.1
 """A pipeline starts only where its stages are free within this share of the time that is left. It serves the prompts that cost
 most per token: while others queue, those would pay for it."""
 
-SLACK_HORIZON_S = 4.0
+SLACK_HORIZON_S: Final = 4.0
 """An instance that decodes takes prefill only if it is predicted to be done so soon: its slack will not stay what it is."""
 
-SMOOTH = 0.15
+SMOOTH: Final = 0.15
 """Where a hand-off would take longer than the prefill that hides it by more than this share of the TBT objective (a prompt
 that is nearly all cached), the request is prefilled where it will decode: its KV arrives before the first token, not after."""
 
@@ -55,7 +56,9 @@ class Kvasir:
     def place_few(self, view: FewView) -> Choice | None:
         """As `place`."""
         plans = view.local_and_fetch_s()
-        ttft_s = [wait_s + min(plan) for wait_s, plan in zip(view.wait_s, plans, strict=True)]
+        ttft_s: list[float] = []
+        for row, (local_s, fetch_s) in enumerate(plans):
+            ttft_s.append(view.wait_s[row] + (min(local_s, fetch_s)))
         ttft_s = _where_wanted_of_few(view, ttft_s)
 
         def plan(row: int) -> Candidate:
@@ -89,15 +92,17 @@ def _pipeline(view: ClusterView | FewView, alone: Choice, free_first: list[int])
 
 def _where_wanted_of_few(view: FewView, ttft_s: list[float]) -> list[float]:
     """As `_where_wanted`."""
-    is_steady = [pace == 1.0 or seconds <= SLACK_HORIZON_S for pace, seconds in zip(view.pace, ttft_s, strict=True)]
-    if any(is_steady):
-        ttft_s = [seconds if steady else math.inf for seconds, steady in zip(ttft_s, is_steady, strict=True)]
+    steady_s = [
+        seconds if view.pace[row] == 1.0 or seconds <= SLACK_HORIZON_S else math.inf for row, seconds in enumerate(ttft_s)
+    ]
+    if min(steady_s) < math.inf:
+        ttft_s = steady_s
     exposed_s = view.transfer_s(view.num_prompt_tokens) - view.prefill_s(view.best_tokens)
     if exposed_s > SMOOTH * view.tbt_s:
         limit_s = MARGIN * view.due_in_s
-        stays = [i.info.role.can_decode and seconds <= limit_s for i, seconds in zip(view.prefillers, ttft_s, strict=True)]
-        if any(stays):
-            ttft_s = [seconds if stay else math.inf for seconds, stay in zip(ttft_s, stays, strict=True)]
+        stays_s = [s if view.prefillers[row].can_decode and s <= limit_s else math.inf for row, s in enumerate(ttft_s)]
+        if min(stays_s) < math.inf:
+            ttft_s = stays_s
     return ttft_s
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from random import Random
 from typing import TYPE_CHECKING
 
-from kvasir.scheduling.policies.interface import Choice, best_of, best_of_few
+from kvasir.scheduling.policies.best import best_of, best_of_few
+from kvasir.scheduling.policies.interface import Choice
 from kvasir.scheduling.view import ClusterView
 
 if TYPE_CHECKING:

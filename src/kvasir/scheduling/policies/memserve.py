@@ -7,7 +7,8 @@ from random import Random
 import numpy as np
 
 from kvasir.core.commands import Candidate
-from kvasir.scheduling.policies.interface import Choice, best_of
+from kvasir.scheduling.policies.best import best_of
+from kvasir.scheduling.policies.interface import Choice
 from kvasir.scheduling.view import ClusterView
 
 

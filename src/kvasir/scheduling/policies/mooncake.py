@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from kvasir.scheduling.policies.interface import Choice, best_of, best_of_few
+from kvasir.scheduling.policies.best import best_of, best_of_few
+from kvasir.scheduling.policies.interface import Choice
 from kvasir.scheduling.view import ClusterView
 
 if TYPE_CHECKING:
     from kvasir.core.commands import Candidate
     from kvasir.scheduling.few import FewView
 
-BALANCING_THRESHOLD = 4.0
+BALANCING_THRESHOLD: Final = 4.0
 """Fetch when the best prefix is more than this many times the own. The paper tunes it by hand and gives no value; at 4 a
 fetch saves at least three quarters of the prefix, and prefixes are copied where it pays, not everywhere."""
 
