@@ -1,7 +1,7 @@
 """What a policy sees where instances are few: the same numbers as in view.py's columns, one by one.
 
 An array operation on a dozen rows takes as long as on a hundred, and a decision makes some ninety of them. Up to FEW
-instances plain numbers are faster, so policies that have a `place_few` are asked that instead; it must choose the same.
+instances policies that have a `place_few` are asked that instead; it must choose the same.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from kvasir.scheduling.decode_choice import FULL, DecodeChoice, DecodeRule, leas
 from kvasir.scheduling.fleet import Fleet, Instance
 from kvasir.scheduling.view import prompt_prefill_s, staged
 
-FEW = 48
-"""Instances up to which numbers are faster than arrays: the two take equally long at about sixty."""
+FEW = 128
+"""Instances up to which numbers are used: as machine code they take as long as arrays at some three hundred, in Python at sixty."""
 
 
 class FewView:
