@@ -14,11 +14,11 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt 'torch==2.13.0'
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m kvasir.engine.torch.kernels.build
-	-$(BIN)/python -m kvasir.cli.native.build # the simulator is slower without
+	-$(BIN)/python -m kvasir.store.cpp kvasir.engine.torch.kernels kvasir.store # what cannot be built runs slower
+	-$(BIN)/python -m kvasir.cli.native.build
 	touch $@
 
-setup: $(VENV)/.done ## create .venv with everything in it, build the CPU kernels
+setup: $(VENV)/.done ## create .venv with everything in it, build the machine code
 
 demo: setup ## cluster up, a chat, a second turn from cache, a slice of traffic, the table
 	$(BIN)/kvasir demo

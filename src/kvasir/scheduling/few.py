@@ -17,7 +17,7 @@ from kvasir.scheduling.fleet import Fleet, Instance
 from kvasir.scheduling.view import prompt_prefill_s, staged
 
 FEW = 128
-"""Instances up to which numbers are used: as machine code they take as long as arrays at some three hundred, in Python at sixty."""
+"""Instances up to which numbers are used: as machine code they are faster up to some three hundred, in Python up to sixty."""
 
 
 class FewView:

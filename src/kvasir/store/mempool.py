@@ -58,6 +58,7 @@ from kvasir.core.tier import Tier
 from kvasir.pool.eviction import Eviction
 from kvasir.pool.node import PoolNode
 from kvasir.store.arena import create_arena
+from kvasir.store.copying import fastest_copy
 from kvasir.store.messenger import PeerArena, host_identity
 from kvasir.store.pool_server import PoolServer
 from kvasir.store.remote_pool import Receiver
@@ -127,6 +128,7 @@ class MemPool:
         `listen` is HOST:PORT, where others reach this machine; port 0 lets the system choose (see `address`).
         """
         self.block_bytes = block_bytes
+        self._copy = fastest_copy()
         self._arena = create_arena(num_blocks, block_bytes)
         self._file = None
         if ssd_path is not None and ssd_blocks:
@@ -248,7 +250,7 @@ class MemPool:
     def receive(self, giver: MemPool, source: Sequence[int], target: Sequence[int]) -> None:
         """The receiver's part of `transfer`: copy the giver's blocks `source` into allocated blocks `target` here."""
         for there, here in zip(source, target, strict=True):
-            np.copyto(self.block(here), giver.block(there))
+            self._copy(self.block(here), giver.block(there))
 
     # --- the Mooncake store's calls: objects -------------------------------------------------------------------
 
@@ -272,10 +274,10 @@ class MemPool:
             with self._changed:
                 self._changed.wait_for(partial(self._loses_nothing, len(keys)), LAG_S)
         addresses = self.alloc(len(keys))
-        memory, stride, size = self._arena.memory, self._arena.stride, self.block_bytes
+        copy, memory, stride, size = self._copy, self._arena.memory, self._arena.stride, self.block_bytes
         for address, value in zip(addresses, flat, strict=True):
             start = address * stride
-            np.copyto(memory[start : start + size], value)
+            copy(memory[start : start + size], value)
         self._publish(checked, addresses)
 
     def batch_get(self, keys: Sequence[BlockKey], into: Sequence[npt.NDArray[np.generic]] | None = None) -> list[Bytes]:
@@ -284,7 +286,7 @@ class MemPool:
         for key, target in zip(keys, targets, strict=True):
             with self._found(key) as found:
                 start = found.addresses[0] * self._arena.stride
-                np.copyto(target, self._arena.memory[start : start + self.block_bytes])
+                self._copy(target, self._arena.memory[start : start + self.block_bytes])
         return targets
 
     def exists(self, key: BlockKey) -> Tier | None:

@@ -19,6 +19,7 @@ import uvloop
 
 from kvasir.cli.bench.sizes import MIB, SIZES, size_name
 from kvasir.store.arena import Arena, create_arena, open_arena
+from kvasir.store.copying import fastest_copy
 from kvasir.store.messenger import PeerArena, ShmTransport, SpanPair, TcpServer, TcpTransport, host_identity
 from kvasir.store.messenger.shm import copy_pieces
 from kvasir.store.messenger.spans import cut
@@ -143,7 +144,7 @@ def _memcpy(source: np.ndarray, target: np.ndarray, spans: list[SpanPair]) -> No
 def _copy(source: Arena, target: Arena, spans: list[SpanPair]) -> None:
     """What an instance does that puts blocks into slots of its node's arena."""
     for piece in cut(spans, max_bytes=SLOT_BYTES, max_pieces=BATCH):
-        copy_pieces(source, target, piece)
+        copy_pieces(fastest_copy(), source, target, piece)
 
 
 def _plain(sock: socket.socket, op: int, arena: Arena, spans: list[SpanPair]) -> None:

@@ -12,10 +12,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from kvasir.core.errors import ClusterError, TransferError
 from kvasir.store.arena import Arena, ArenaHandle, open_arena
+from kvasir.store.copying import Copy, fastest_copy
 from kvasir.store.messenger.spans import Slice, SpanPair, check_spans, cut
 from kvasir.store.messenger.transport import PeerArena, Priority, host_identity
 
@@ -52,6 +51,7 @@ class ShmTransport:
 
     def __init__(self, arena: Arena):
         self._arena = arena
+        self._copy = fastest_copy()
         self._host = host_identity()
         self._mapped: OrderedDict[bytes, _Mapped] = OrderedDict()
         self._loop = asyncio.get_running_loop()
@@ -79,7 +79,7 @@ class ShmTransport:
             if chunk.number:
                 await asyncio.sleep(0)
                 self._require_time(deadline_s)
-            copy_pieces(mapped.arena, self._arena, chunk)
+            copy_pieces(self._copy, mapped.arena, self._arena, chunk)
             if not mapped.is_there:
                 why = f"the arena of process {peer.arena.pid} is gone; was the pool restarted?"  # what was read is void
                 raise TransferError(why, cause="stale_arena")
@@ -121,11 +121,11 @@ class ShmTransport:
         self._timer = self._loop.call_later(LOOK_S, self._unmap_gone) if self._mapped else None
 
 
-def copy_pieces(source: Arena, target: Arena, chunk: Slice) -> None:
+def copy_pieces(copy: Copy, source: Arena, target: Arena, chunk: Slice) -> None:
     """Copy from `remote_slot`s of `source` to `local_slot`s of `target`."""
     for remote_slot, local_slot, offset, length in chunk.pieces:
         here, there = local_slot * target.stride + offset, remote_slot * source.stride + offset
-        np.copyto(target.memory[here : here + length], source.memory[there : there + length])
+        copy(target.memory[here : here + length], source.memory[there : there + length])
 
 
 def _file_of(handle: ArenaHandle) -> tuple[int, int]:

@@ -4,12 +4,13 @@ import os
 
 import torch
 
-from kvasir.engine.torch.kernels.compile import KernelsUnavailableError, build
 from kvasir.engine.torch.kernels.cpp_ops import MAX_HEAD_DIM, CppOps
 from kvasir.engine.torch.kernels.ops import Ops
 from kvasir.engine.torch.kernels.torch_ops import TorchOps
+from kvasir.store.cpp import NotCompiledError, build
 
 FORCE_VARIABLE = "KVASIR_KERNELS"
+PACKAGE = "kvasir.engine.torch.kernels"
 
 
 def load_ops(device: torch.device | str, *, dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> Ops:
@@ -22,9 +23,8 @@ def load_ops(device: torch.device | str, *, dtype: torch.dtype = torch.bfloat16,
     if obstacle:
         return TorchOps(obstacle)
     try:
-        library = build()
-        return CppOps(library)
-    except (KernelsUnavailableError, OSError) as error:
+        return CppOps(build(PACKAGE))
+    except (NotCompiledError, OSError) as error:
         return TorchOps(str(error))
 
 

@@ -1,4 +1,7 @@
-"""Compile the C++ kernels once per machine, into the user's cache."""
+"""Compile C++ sources of ours once per machine, into the user's cache: when they are first wanted, or now by
+
+python -m kvasir.store.cpp PACKAGE ...
+"""
 
 import fcntl
 import hashlib
@@ -6,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,19 +23,19 @@ COMPILE_DEADLINE_S = 120.0  # takes 5 s here; a small machine under load some ti
 LOCK_DEADLINE_S = 150.0  # another process's whole compilation
 
 
-class KernelsUnavailableError(RuntimeError):
-    """There are no C++ kernels for this machine; the message says why in one line. Never leaves this package."""
+class NotCompiledError(RuntimeError):
+    """There can be no library on this machine; the message says why in one line. Whoever wants one has a slower way."""
 
 
-def build() -> Path:
-    """The shared library for this machine, compiled if no earlier call has. Raises KernelsUnavailableError.
+def build(package: str) -> Path:
+    """The shared library of the sources in `package`'s folder csrc, compiled if no earlier call has. Raises NotCompiledError.
 
     Safe when several processes call it at once: one compiles, the others wait for it.
     """
     compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
     if compiler is None:
-        raise KernelsUnavailableError(f"no C++ compiler on PATH (tried {', '.join(COMPILERS)})")
-    with as_file(files("kvasir.engine.torch.kernels") / "csrc") as folder:
+        raise NotCompiledError(f"no C++ compiler on PATH (tried {', '.join(COMPILERS)})")
+    with as_file(files(package) / "csrc") as folder:
         sources = sorted(folder.glob("*.cpp"))
         library = _cache_folder() / f"{_fingerprint(compiler, folder)}.so"
         if library.exists():
@@ -42,7 +46,7 @@ def build() -> Path:
                 if not library.exists():
                     _compile(compiler, sources, library)
         except OSError as error:
-            raise KernelsUnavailableError(f"cannot write {library.parent}: {error}") from error
+            raise NotCompiledError(f"cannot write {library.parent}: {error}") from error
     return library
 
 
@@ -53,10 +57,10 @@ def _compile(compiler: str, sources: list[Path], library: Path) -> None:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_DEADLINE_S, check=False)
         except subprocess.TimeoutExpired as error:
-            raise KernelsUnavailableError(f"{compiler} took longer than {COMPILE_DEADLINE_S:.0f} s") from error
+            raise NotCompiledError(f"{compiler} took longer than {COMPILE_DEADLINE_S:.0f} s") from error
         if done.returncode:
             complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200].strip())
-            raise KernelsUnavailableError(f"{compiler} failed: {complaint}")
+            raise NotCompiledError(f"{compiler} failed: {complaint}")
         made.rename(library)
 
 
@@ -70,7 +74,7 @@ def _fingerprint(compiler: str, folder: Path) -> str:
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise KernelsUnavailableError(f"{compiler} --version failed: {error}") from error
+        raise NotCompiledError(f"{compiler} --version failed: {error}") from error
     digest = hashlib.sha256(version)
     digest.update(repr((FLAGS, platform.machine(), _instruction_sets())).encode())
     for source in sorted(folder.iterdir()):
@@ -96,6 +100,23 @@ def _locked(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise KernelsUnavailableError(f"waited {LOCK_DEADLINE_S:.0f} s for {path}") from None
+                    raise NotCompiledError(f"waited {LOCK_DEADLINE_S:.0f} s for {path}") from None
                 time.sleep(0.1)
         yield
+
+
+def main(packages: list[str]) -> int:
+    """Build and say where, a line each; exit status 1 where there can be none."""
+    status = 0
+    for package in packages:
+        start = time.perf_counter()
+        try:
+            print(f"{package}: C++ compiled to {build(package)} ({time.perf_counter() - start:.1f} s)")
+        except NotCompiledError as error:
+            print(f"{package}: runs slower, without C++: {error}")
+            status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
