@@ -4,7 +4,8 @@
 
 Profiles the engine, serves a slice of the trace with 1 prefill + 1 decode instance and with 1 mixed one, and simulates both
 from the profile and the true arrival times. The profile is of the engine alone; what the rest of the service adds to a
-step and to a first token is measured on lone requests before the load. Run it while nothing else runs.
+step and to a first token is measured before the load: on lone requests, on some at a time, and on prompts beside a stream,
+which also say what prefill and decode on the same cores leave each other. Run it while nothing else runs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from random import Random
-from statistics import median
+from statistics import fmean, median
 
 import msgspec
 import numpy as np
@@ -48,10 +49,12 @@ from kvasir.workload.trace import Trace
 
 PORT = 8203
 LAYOUTS = {"1 prefill + 1 decode": (Role.PREFILL, Role.DECODE), "1 mixed": (Role.MIXED,)}
-LOW_SHARE = 0.16
-"""Of the cores, for prefill while a decode step runs: 58 % = 50 % + 50 % x 0.16, docs/decisions/0003-cores-by-priority.md."""
 STASH = 32
 LONE_PROMPT, LONE_OUTPUT, NUM_LONE = 256, 96, 9
+CROWD, CROWD_OUTPUT = 8, 384
+BESIDE_PROMPT, BESIDE_OUTPUT = 4096, 2048
+EDGE_S = 0.02
+"""Gaps this near to the ends of a prefill may be half beside it."""
 HEARTBEAT_S = 0.5
 
 
@@ -91,40 +94,128 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """Measured on the service before the load, in seconds: TTFT and token gap of a request that has it to itself; the gap of
+    CROWD requests at a time; TTFT of a long prompt alone and beside a stream, and that stream's gap meanwhile. `tail`: the mean
+    of the longest tenth of those gaps over their median.
+    """
+
+    first_s: float
+    gap_s: float
+    crowd_gap_s: float
+    prompt_s: float
+    prompt_beside_s: float
+    gap_beside_s: float
+    tail: float
+
+
+@dataclass(frozen=True)
 class Overhead:
-    """What the service adds to the engine's time: to each step, and once to a first token without occupying an instance."""
+    """What the service adds to the engine's time: to each step, for each sequence in it beyond the first, and once to a first
+    token without occupying an instance; how much longer a prefill takes beside the service's own threads. What prefill and
+    decode leave each other of the cores that they share. And what the simulator does not know: how uneven equal steps are.
+    """
 
     step_s: float
+    sequence_s: float
     first_s: float
+    prefill: float
+    low_share: float
+    normal_share: float
+    tail: float
 
     @classmethod
-    def of(cls, lone: Sequence[tuple[float, float]], costs: FittedCost) -> Overhead:
-        """From (TTFT, token gap) of lone requests."""
-        ttft_s, gap_s = (median(values) for values in zip(*lone, strict=True))
-        step_s = max(0.0, gap_s - costs.decode_step_s(1, LONE_PROMPT + LONE_OUTPUT // 2))
-        return cls(step_s, max(0.0, ttft_s - costs.prefill_s(LONE_PROMPT, 0) - step_s))
+    def of(cls, found: Calibration, costs: FittedCost) -> Overhead:
+        step_s = max(0.0, found.gap_s - costs.decode_step_s(1, LONE_PROMPT + LONE_OUTPUT // 2))
+        crowd_s = found.crowd_gap_s - step_s - costs.decode_step_s(CROWD, CROWD * (LONE_PROMPT + CROWD_OUTPUT // 2))
+        alone_s = costs.decode_step_s(1, LONE_PROMPT + BESIDE_OUTPUT // 2) + step_s
+        return cls(
+            step_s=step_s,
+            sequence_s=max(0.0, crowd_s) / (CROWD - 1),
+            first_s=max(0.0, found.first_s - costs.prefill_s(LONE_PROMPT, 0) - step_s),
+            prefill=max(1.0, found.prompt_s / _chunked_s(costs, BESIDE_PROMPT)),
+            # a decode instance pauses after each step for as long as it took: half of the time a prefill beside has the cores
+            low_share=min(1.0, max(0.02, 2.0 * found.prompt_s / found.prompt_beside_s - 1.0)),
+            normal_share=min(1.0, 2.0 * alone_s / found.gap_beside_s),
+            tail=found.tail,
+        )
 
     def on(self, costs: FittedCost) -> FittedCost:
-        prefill = msgspec.structs.replace(costs.prefill, base_s=costs.prefill.base_s + self.step_s)
-        decode = msgspec.structs.replace(costs.decode, base_s=costs.decode.base_s + self.step_s)
+        fit = costs.prefill
+        prefill = msgspec.structs.replace(
+            fit,
+            base_s=fit.base_s * self.prefill + self.step_s,
+            per_token_s=fit.per_token_s * self.prefill,
+            per_pair_s=fit.per_pair_s * self.prefill,
+            per_square_s=fit.per_square_s * self.prefill,
+        )
+        base_s = costs.decode.base_s + self.step_s - self.sequence_s
+        per_sequence_s = costs.decode.per_sequence_s + self.sequence_s
+        decode = msgspec.structs.replace(costs.decode, base_s=base_s, per_sequence_s=per_sequence_s)
         return msgspec.structs.replace(costs, prefill=prefill, decode=decode)
+
+
+def _chunked_s(costs: FittedCost, tokens: int) -> float:
+    """A prompt computed in the chunks that an instance makes."""
+    chunk = ServeConfig().chunk_tokens
+    return sum(costs.prefill_s(min(chunk, tokens - start), start) for start in range(0, tokens, chunk))
 
 
 def kvasir(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "kvasir.cli.main", *arguments]
 
 
-async def lone_request(system: System, rng: Random) -> tuple[float, float]:
-    """TTFT and median token gap of a request that has the service to itself."""
-    prompt = [rng.randrange(1000, 4000) for _ in range(LONE_PROMPT)]
-    sent, times = await stream(system, prompt, LONE_OUTPUT)
-    return times[0] - sent, median(later - earlier for earlier, later in pairwise(times))
+def _prompt(rng: Random, length: int) -> list[int]:
+    return [rng.randrange(1000, 4000) for _ in range(length)]
 
 
-def serve(
-    config: ServeConfig, profile: Path, load: Load, directory: Path
-) -> tuple[list[tuple[float, float]], list[RequestRecord]]:
-    """Start the service, send lone requests, then the load, stop it: what every client saw."""
+def _gap_s(times: Sequence[float]) -> float:
+    return median(later - earlier for earlier, later in pairwise(times))
+
+
+async def calibrate(system: System) -> Calibration:
+    rng, lone, crowds = Random(0), [], []
+    for _ in range(2 + NUM_LONE):  # the first two warm up
+        sent, times = await stream(system, _prompt(rng, LONE_PROMPT), LONE_OUTPUT)
+        lone.append((times[0] - sent, _gap_s(times)))
+    for _ in range(3):
+        some = await asyncio.gather(*(stream(system, _prompt(rng, LONE_PROMPT), CROWD_OUTPUT) for _ in range(CROWD)))
+        begin, end = max(times[0] for _, times in some), min(times[-1] for _, times in some)
+        crowds += [_gap_s([at for at in times if begin <= at <= end]) for _, times in some]
+    first_s, gap_s = (median(values) for values in zip(*lone[2:], strict=True))
+    prompts = [await _prefill(system, rng) for _ in range(3)]
+    beside = await _beside(system, rng)
+    return Calibration(first_s, gap_s, median(crowds), median([end - begin for begin, end in prompts]), *beside)
+
+
+async def _prefill(system: System, rng: Random) -> tuple[float, float]:
+    """When a long prompt was sent, and when its first token came."""
+    sent, times = await stream(system, _prompt(rng, BESIDE_PROMPT), 1)
+    return sent, times[0]
+
+
+async def _beside(system: System, rng: Random) -> tuple[float, float, float]:
+    """Long prompts one after the other beside one stream: median TTFT, and median and tail of the stream's gaps meanwhile."""
+    streaming = asyncio.create_task(stream(system, _prompt(rng, LONE_PROMPT), BESIDE_OUTPUT))
+    await asyncio.sleep(0.3)
+    prefills = []
+    while not streaming.done():
+        prefills.append(await _prefill(system, rng))
+    _, times = await streaming
+    whole = [(begin, end) for begin, end in prefills if begin > times[0] and end < times[-1]]
+    gaps = [
+        later - earlier
+        for begin, end in whole
+        for earlier, later in pairwise(times)
+        if begin + EDGE_S <= earlier and later <= end - EDGE_S
+    ]
+    assert gaps, "no prompt was answered while the stream went on"
+    longest = sorted(gaps)[-(-9 * len(gaps) // 10) :]
+    return median([end - begin for begin, end in whole]), median(gaps), fmean(longest or gaps) / median(gaps)
+
+
+def serve(config: ServeConfig, profile: Path, load: Load, directory: Path) -> tuple[Calibration, list[RequestRecord]]:
+    """Start the service, calibrate, send the load, stop it: what every client saw."""
     prefill, decode, mixed = config.roles
     roles = ["--prefill", str(prefill), "--decode", str(decode), "--mixed", str(mixed)]
     command = kvasir("serve", "--port", str(PORT), "--dram", config.dram, "--admission", "off", "--profile", str(profile))
@@ -132,18 +223,21 @@ def serve(
     saved, log = directory / "requests.jsonl", directory / "serve.log"
     with running([*command, "--log-level", "warning", *roles], {}, log):
         asyncio.run(wait_ready(system, "/ready", log))
-        rng = Random(0)
-        lone = [asyncio.run(lone_request(system, rng)) for _ in range(2 + NUM_LONE)][2:]
+        found = asyncio.run(calibrate(system))
         flags = [*load.flags(), "--save-requests", str(saved), "--url", f"http://127.0.0.1:{PORT}"]
         subprocess.run(kvasir("replay", *flags), check=True, stdout=sys.stderr)
     decoder = msgspec.json.Decoder(RequestRecord)
-    return lone, [decoder.decode(line) for line in saved.read_bytes().splitlines()]
+    return found, [decoder.decode(line) for line in saved.read_bytes().splitlines()]
 
 
-def predict(config: ServeConfig, spec: ModelSpec, costs: FittedCost, trace: Trace, roles: Sequence[Role]) -> Run:
+def predict(config: ServeConfig, spec: ModelSpec, costs: FittedCost, overhead: Overhead, trace: Trace) -> Run:
     """The same cluster, simulated."""
     num_slots = slots_that_fit(config.dram_bytes, spec.slot_bytes)
     kv_tokens = num_slots * spec.block_tokens
+    costs = overhead.on(costs)
+    roles = [
+        role for role, count in zip((Role.PREFILL, Role.DECODE, Role.MIXED), config.roles, strict=True) for _ in range(count)
+    ]
     cluster = ClusterSpec(
         name="this machine",
         nodes=(NodeSpec("node0", kv_tokens, costs.transfer_bandwidth),),
@@ -154,7 +248,8 @@ def predict(config: ServeConfig, spec: ModelSpec, costs: FittedCost, trace: Trac
         block_tokens=spec.block_tokens,
         memory=MemoryKind.SHARED,
         heartbeat_s=HEARTBEAT_S,
-        low_share=LOW_SHARE,
+        low_share=overhead.low_share,
+        normal_share=overhead.normal_share,
     )
     slo = Slo(parse_duration(config.slo_ttft), parse_duration(config.slo_tbt))
     settings = SimConfig(
@@ -187,7 +282,7 @@ def simulated(run: Run, overhead: Overhead) -> Figures:
     decode_s, gaps = r.end_s - r.arrival_s - r.ttft_s, r.output_tokens - 1
     mean_gaps = np.divide(decode_s, gaps, out=np.full(len(gaps), np.nan), where=gaps > 0)
     tokens_per_s = float(r.output_tokens.sum() / (r.end_s.max() - r.arrival_s[0]))
-    return Figures(r.ttft_s + overhead.first_s, r.tbt_s, mean_gaps, tokens_per_s)
+    return Figures(r.ttft_s + overhead.first_s, r.tbt_s * overhead.tail, mean_gaps, tokens_per_s)
 
 
 def with_true_arrivals(trace: Trace, records: Sequence[RequestRecord]) -> Trace:
@@ -205,11 +300,11 @@ def compare(load: Load, profile: Path, directory: Path) -> dict[str, list[dict[s
     for name, roles in LAYOUTS.items():
         count = [sum(role is each for each in roles) for role in (Role.PREFILL, Role.DECODE, Role.MIXED)]
         config = ServeConfig(prefill=count[0], decode=count[1], mixed=count[2], dram="1GiB")
-        lone, records = serve(config, profile, load, directory)
-        overhead = Overhead.of(lone, costs)
-        run = predict(config, model_spec(config), overhead.on(costs), with_true_arrivals(trace, records), roles)
+        found, records = serve(config, profile, load, directory)
+        overhead = Overhead.of(found, costs)
+        run = predict(config, model_spec(config), costs, overhead, with_true_arrivals(trace, records))
         seen, told = measured(records).rows(), simulated(run, overhead).rows()
-        print(f"{name}: the service adds {overhead.step_s * 1e3:.2f} ms a step, {overhead.first_s * 1e3:.2f} ms a first token")
+        print(f"{name}: {overhead}", file=sys.stderr)
         tables[name] = [
             {"figure": figure, "predicted": told[figure], "measured": seen[figure], "ratio": told[figure] / seen[figure]}
             for figure in seen

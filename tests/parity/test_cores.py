@@ -13,10 +13,10 @@ from kvasir.workload.trace import Trace
 from tests.parity.both import Case, conversations, simulated
 
 
-def ends(low_share: float, *steps: tuple[str, float, float, bool]) -> dict[str, float]:
+def ends(low_share: float, *steps: tuple[str, float, float, bool], normal_share: float = 1.0) -> dict[str, float]:
     """When each (name, start, seconds, at low priority) ends."""
     agenda, found = Agenda(), {}
-    cores = Cores(agenda, low_share)
+    cores = Cores(agenda, low_share, normal_share)
 
     def end(name: object) -> None:
         found[str(name)] = agenda.now
@@ -51,6 +51,12 @@ def test_low_priority_gets_its_share_beside_a_step_at_normal_priority() -> None:
 def test_low_priority_may_get_nothing() -> None:
     steps = ("prefill", 0.0, 2.0, True), ("decode", 1.0, 2.0, False)
     assert ends(0.0, *steps) == {"decode": pytest.approx(3.0), "prefill": pytest.approx(4.0)}
+
+
+def test_normal_priority_is_slower_beside_a_step_at_low_priority() -> None:
+    # decode needs 4 s for 2 at half speed; prefill has a quarter of them, and then the cores for what is left of its 3 s
+    steps = ("prefill", 0.0, 3.0, True), ("decode", 1.0, 2.0, False)
+    assert ends(0.25, *steps, normal_share=0.5) == {"decode": pytest.approx(5.0), "prefill": pytest.approx(6.0)}
 
 
 def test_a_step_of_a_process_that_died_does_not_end() -> None:

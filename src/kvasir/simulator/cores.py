@@ -26,12 +26,14 @@ class Cores:
     """Steps at normal priority share the cores evenly; those at low priority share what is left.
 
     While any step runs at normal priority, that is `low_share` of the cores: its threads wait for each other and for
-    memory now and then. No step computes at more than its undisturbed speed.
+    memory now and then. Both use the caches and the memory, so that beside a step at low priority others are at `normal_share`
+    of their undisturbed speed.
     """
 
-    def __init__(self, agenda: Agenda, low_share: float):
+    def __init__(self, agenda: Agenda, low_share: float, normal_share: float = 1.0):
         self._agenda = agenda
         self._low_share = low_share
+        self._normal_share = normal_share
         self._works: dict[str, _Work] = {}
         self._as_of_s = 0.0
         self._number = 0  # of the plan; an earlier one is void
@@ -53,7 +55,7 @@ class Cores:
         num_normal = len(self._works) - num_low
         if work.is_low:
             return (self._low_share if num_normal else 1.0) / num_low
-        return 1.0 / num_normal
+        return (self._normal_share if num_low else 1.0) / num_normal
 
     def _advance(self) -> None:
         elapsed_s, self._as_of_s = self._agenda.now - self._as_of_s, self._agenda.now

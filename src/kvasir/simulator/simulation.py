@@ -91,7 +91,8 @@ class Simulation:
             )
         self._cores: dict[str, Cores] = {}
         if cluster.low_share is not None and cluster.low_share < 1.0:
-            self._cores = {node.id: Cores(self._agenda, cluster.low_share) for node in cluster.nodes}
+            shares = cluster.low_share, cluster.normal_share
+            self._cores = {node.id: Cores(self._agenda, *shares) for node in cluster.nodes}
         infos = [_info(instance) for instance in sorted(cluster.instances, key=lambda i: i.id)]
         for info in infos:
             self._start(info)

@@ -50,6 +50,7 @@ class ClusterSpec(Struct, frozen=True):
     Instances report their load every `heartbeat_s`, and the report is `report_delay_s` old when it arrives.
     With a `low_share` the instances of a node compute on the same cores, prefill instances at low priority: this is their
     share of the cores while another instance of the node computes (`simulator/cores.py`); 1 if they do not disturb each other.
+    The other then has `normal_share` of its undisturbed speed.
     """
 
     name: str
@@ -63,3 +64,4 @@ class ClusterSpec(Struct, frozen=True):
     heartbeat_s: float = 1.0
     report_delay_s: float = 0.0
     low_share: float | None = None
+    normal_share: float = 1.0
