@@ -34,7 +34,7 @@ def pool(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, after one that warms up; figures are medians of ratios.")] = 5,
     peers: Annotated[
         Path | None,
-        typer.Option(help="Python of an environment with Mooncake, NIXL and Redis (benchmarks/peers/setup_transfer.sh)."),
+        typer.Option(help="Python of an environment with Mooncake, NIXL, Redis, LMCache (benchmarks/peers/setup_transfer.sh)."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A quarter of the bytes and one round.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print nothing but JSON.")] = False,

@@ -17,9 +17,10 @@ PEERS: Mapping[str, str] = {
     "mooncake_store": "tcp",
     "nixl_transfer": "shm",
     "redis_transfer": "shm",
+    "lmcache_server": "shm",
 }
 """Driver in benchmarks/peers → the transport of ours that does what it does: NIXL copies between processes; who stays in one
-host has no need of Redis's socket."""
+host has no need of a socket, as Redis and LMCache's server have it."""
 
 PEER_S = 300.0
 
