@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvasir.native.cpp import COMPILERS, build
 from kvasir.store import copying
 from kvasir.store.copying import STREAMED_BYTES, Copy, fastest_copy, plain_copy, streaming_copy
-from kvasir.store.cpp import COMPILERS, build
 
 MARGIN = 200
 

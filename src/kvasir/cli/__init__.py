@@ -1,5 +1,5 @@
-"""The command line. Whoever imports it runs the simulator as machine code, where that was built."""
+"""The command line. Whoever imports it runs machine code, where that was built."""
 
-from kvasir.cli.native.load import use
+from kvasir.native.load import use
 
 use()

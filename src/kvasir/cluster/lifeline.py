@@ -50,13 +50,14 @@ class Lifeline:
 async def start_process(
     module: str, config: msgspec.Struct, *, lifeline: Lifeline, env: Mapping[str, str] | None = None
 ) -> asyncio.subprocess.Process:
-    """Start `python -m module` as a child that reads its config from stdin; `env` is added to this process's own.
+    """Start `module` as a child that reads its config from stdin; `env` is added to this process's own.
 
     It gets a process group of its own, so that Ctrl-C reaches the parent alone, which then stops its children in order.
     """
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
+        "kvasir.native.run",
         module,
         "--lifeline",
         str(lifeline.read_fd),

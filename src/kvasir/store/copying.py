@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from kvasir.store.cpp import NotCompiledError, build
+from kvasir.native.cpp import NotCompiledError, build
 
 Bytes = npt.NDArray[np.uint8]
 Copy = Callable[[Bytes, Bytes], None]

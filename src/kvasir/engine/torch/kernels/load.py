@@ -7,7 +7,7 @@ import torch
 from kvasir.engine.torch.kernels.cpp_ops import MAX_HEAD_DIM, CppOps
 from kvasir.engine.torch.kernels.ops import Ops
 from kvasir.engine.torch.kernels.torch_ops import TorchOps
-from kvasir.store.cpp import NotCompiledError, build
+from kvasir.native.cpp import NotCompiledError, build
 
 FORCE_VARIABLE = "KVASIR_KERNELS"
 PACKAGE = "kvasir.engine.torch.kernels"

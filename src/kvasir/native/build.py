@@ -1,4 +1,4 @@
-"""The command `python -m kvasir.cli.native.build`: build the machine code now; nothing else ever does."""
+"""The command `python -m kvasir.native.build`: build the machine code now; nothing else ever does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from kvasir.cli.native.load import SOURCES, built_folder
+from kvasir.native.load import SOURCES, built_folder
 
 MODULES = {
     "costs": "quick",
@@ -16,6 +16,7 @@ MODULES = {
     "scheduling": "admission batcher book chunking conductor decode_set few fleet placed placer queues roles"
     " sequence step_former",
     "scheduling/policies": "best dynamo kvasir mooncake",
+    "store/messenger": "fair_queue spans tcp_channel tcp_path tcp_server tcp_transfer tcp_wire",
     "simulator": "agenda cores decoding gaps hub instance jobs memory network node prompts records simulation",
 }
 """What runs for every request. It must not define Structs, which mypyc does not know, nor what goes to other processes."""
@@ -64,12 +65,12 @@ def build() -> Path:
 
 
 def main() -> int:
-    """Build and say where in one line, or why not: the simulator is as good in Python, only slower."""
+    """Build and say where in one line, or why not: all is as good in Python, only slower."""
     start = time.perf_counter()
     try:
         folder = build()
     except NativeUnavailableError as error:
-        print(f"no machine code, the simulator stays Python: {error}")
+        print(f"no machine code, all stays Python: {error}")
         return 1
     print(f"machine code at {folder} ({time.perf_counter() - start:.1f} s)")
     return 0

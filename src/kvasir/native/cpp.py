@@ -1,6 +1,6 @@
 """Compile C++ sources of ours once per machine, into the user's cache: when they are first wanted, or now by
 
-python -m kvasir.store.cpp PACKAGE ...
+python -m kvasir.native.cpp PACKAGE ...
 """
 
 import fcntl

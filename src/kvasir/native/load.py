@@ -13,9 +13,9 @@ from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-SOURCES = Path(__file__).parents[3]
+SOURCES = Path(__file__).parents[2]
 
-ROOMS = ("cli/native", "core", "costs", "pool", "report", "scheduling", "simulator", "workload")
+ROOMS = ("core", "costs", "native", "pool", "report", "scheduling", "simulator", "store", "workload")
 """What machine code depends on: how it is built, what is compiled, and all that this imports."""
 
 SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import kvasir.cli.native
-from kvasir.cli.native.load import built_folder
+import kvasir.native
+from kvasir.native.load import built_folder
 
 pytest.importorskip("mypyc")
 
@@ -20,10 +20,11 @@ WHERE = "import kvasir.cli, kvasir.pool.tiny as tiny; print(tiny.__file__, tiny.
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A project of one module that is compiled, with our builder and a cache of its own."""
-    native = Path(kvasir.cli.native.__file__).parent
-    shutil.copytree(native, tmp_path / "kvasir/cli/native", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(native.parent / "__init__.py", tmp_path / "kvasir/cli")
-    build = tmp_path / "kvasir/cli/native/build.py"
+    native = Path(kvasir.native.__file__).parent
+    shutil.copytree(native, tmp_path / "kvasir/native", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "kvasir/cli").mkdir()
+    shutil.copy(native.parent / "cli/__init__.py", tmp_path / "kvasir/cli")
+    build = tmp_path / "kvasir/native/build.py"
     head, tail = build.read_text().split("MODULES = {", 1)
     build.write_text(f'{head}MODULES = {{"pool": "tiny"}}\n{tail.split("}", 1)[1]}')
     (tmp_path / "kvasir/pool").mkdir()
@@ -43,7 +44,7 @@ def python(tree: Path, *arguments: str, **environment: str) -> subprocess.Comple
 def test_what_was_built_is_used_until_a_source_changes(tree: Path) -> None:
     source = tree / "kvasir/pool/tiny.py"
     assert python(tree, "-c", WHERE).stdout == f"{source} 42\n"
-    built = python(tree, "-m", "kvasir.cli.native.build")
+    built = python(tree, "-m", "kvasir.native.build")
     assert built.returncode == 0, built.stdout + built.stderr
     path, answer = python(tree, "-c", WHERE).stdout.split()
     assert (Path(path).is_relative_to(tree / "cache"), Path(path).suffix, answer) == (True, ".so", "42")
@@ -53,15 +54,26 @@ def test_what_was_built_is_used_until_a_source_changes(tree: Path) -> None:
     assert python(tree, "-c", WHERE).stdout == f"{source} 43\n"
 
 
+def test_a_module_is_run_with_its_arguments_on_machine_code(tree: Path) -> None:
+    main = "import sys; from kvasir.pool import tiny; print(__name__, sys.argv[1:], tiny.answer(), tiny.__file__)"
+    (tree / "kvasir/main.py").write_text(main)
+    has_compiler = shutil.which("gcc") is not None
+    if has_compiler:
+        assert python(tree, "-m", "kvasir.native.build").returncode == 0
+    ran = python(tree, "-m", "kvasir.native.run", "kvasir.main", "--some", "thing")
+    assert ran.stdout.startswith("__main__ ['--some', 'thing'] 42 "), ran.stderr
+    assert (str(tree / "cache") in ran.stdout) is has_compiler
+
+
 def test_without_a_compiler_the_simulator_stays_python(tree: Path) -> None:
-    built = python(tree, "-m", "kvasir.cli.native.build", CC="/nowhere/cc")
+    built = python(tree, "-m", "kvasir.native.build", CC="/nowhere/cc")
     assert built.returncode == 1
-    assert built.stdout.startswith("no machine code, the simulator stays Python: ")
+    assert built.stdout.startswith("no machine code, all stays Python: ")
     assert built.stdout.count("\n") == 1
     assert python(tree, "-c", WHERE).stdout == f"{tree / 'kvasir/pool/tiny.py'} 42\n"
 
 
-@pytest.mark.skipif(not built_folder().exists(), reason="not built: python -m kvasir.cli.native.build")
+@pytest.mark.skipif(not built_folder().exists(), reason="not built: python -m kvasir.native.build")
 @pytest.mark.parametrize("policy", ["kvasir", "mooncake", "colocated-chunked"])
 def test_machine_code_and_sources_give_the_same_results(policy: str, tmp_path: Path) -> None:
     command = ["-m", "kvasir.cli.main", "simulate", "synthetic:conversation?requests=300", "--policy", policy, "--json"]
