@@ -19,7 +19,8 @@ STAYS_S = 10.0
 
 
 def random_fleet(rng: Random) -> Fleet:
-    fleet = Fleet(COSTS)
+    fleet = Fleet(COSTS, rng.choice((None, 0.06)))
+    fleet.answer_tokens = 400.0
     fleet.join(InstanceInfo("a", Role.PREFILL, "na", 1, 10_000, 8))
     for number in range(rng.randint(1, 4)):
         name = f"d{number}"
@@ -28,6 +29,8 @@ def random_fleet(rng: Random) -> Fleet:
             fleet.sit(name, f"{name}-{index}", Seat(rng.randint(1, 20_000), rng.randint(1, 2000), 0.0, STAYS_S), 0.0)
             if rng.random() < 0.5:
                 fleet.take_seat(name, f"{name}-{index}", 0.0)
+        if fleet[name].info.role is Role.MIXED and rng.random() < 0.5:
+            fleet.sent(name, f"p-{name}", seconds=1.0, tokens=1000, now=0.0, rank=0.0, due_s=30.0)
     return fleet
 
 
@@ -41,7 +44,6 @@ def both(fleet: Fleet, prefill: Candidate) -> tuple[DecodeChoice, DecodeChoice]:
         rank=0.0,
         due_s=30.0,
         tbt_s=0.1,
-        stays_s=STAYS_S,
         costs=COSTS,
         kv_bytes_per_token=100,
         block_tokens=64,
@@ -51,7 +53,7 @@ def both(fleet: Fleet, prefill: Candidate) -> tuple[DecodeChoice, DecodeChoice]:
     )
     columns = ClusterView(
         prefills=fleet.prefill_columns(match, block_tokens=64, now=0.0, rank=0.0, avoid=frozenset()),
-        decodes=fleet.decode_columns(frozenset(), stays_s=STAYS_S),
+        decodes=fleet.decode_columns(frozenset()),
         num_prompt_tokens=1000,
         best_tokens=0,
         source=None,

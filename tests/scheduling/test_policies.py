@@ -177,7 +177,7 @@ def test_ours_decodes_where_the_batch_will_be_small_when_the_prefill_is_done() -
         kv_tokens=np.array([10_000, 10_000]),
         taken_kv=np.array([4000, 0]),
         can_prefill=np.array([False, False]),
-        stays_s=10.0,
+        stays_s=np.array([10.0, 10.0]),
     )
     cluster = view((0, 0), decodes=columns)
     rule = DECODE_RULES["least-expected-tbt"]

@@ -165,17 +165,46 @@ def test_of_two_ways_that_leave_as_much_for_prefill_instances_only_decode() -> N
     assert elastic(DEAR).review(cluster, 0.0) == [SetRole("i0", Role.DECODE)]
 
 
-def test_when_nothing_is_enough_all_are_mixed() -> None:
-    cluster = fleet(Role.DECODE, Role.PREFILL)
+def test_when_nothing_is_enough_as_many_decode_as_can_and_one_prefills() -> None:
+    cluster = fleet(Role.DECODE, Role.PREFILL, Role.PREFILL)
     prefill_everywhere(cluster)
     sit(cluster, "i0", 8, kv_tokens=100_000)
     apply(cluster, elastic().review(cluster, 0.0))
-    assert roles_of(cluster) == "mm"
+    assert roles_of(cluster) == "ddm"
+
+
+@pytest.mark.parametrize(("count", "expected"), [(2, "dp"), (12, "dm")])
+def test_a_small_shortage_is_borne_where_another_would_cost_more_than_it_saves(count: int, expected: str) -> None:
+    """8 answers of 1,110 tokens fill 0.89 of an instance: 4 % too much. A mixed one costs half of all prefill, or a twelfth."""
+    cluster = fleet(Role.DECODE, *[Role.PREFILL] * count)
+    roles = elastic(DEAR)
+    prefill_everywhere(cluster)
+    sit(cluster, "i0", 6, kv_tokens=1110)
+    assert settle(cluster, roles, 0.0, 60.0) == []  # long enough to be seen as busy
+    for index in range(2):
+        cluster.sit("i0", f"more-{index}", seat(1110), 60.0)
+    apply(cluster, roles.review(cluster, 61.0))
+    assert roles_of(cluster)[:2] == expected
+
+
+def test_an_answer_stays_as_long_as_steps_take_where_it_is() -> None:
+    cluster = fleet(Role.DECODE, Role.MIXED)
+    cluster.answer_tokens, cluster.ttft_s = 100.0, 6.0
+    for name in ("i0", "i1"):
+        sit(cluster, name, 2)
+        for index in range(6):
+            cluster.sit(name, f"{name}-later-{index}", seat(), 0.0)
+    assert cluster.stays_s(cluster["i1"]) == pytest.approx(1.2)  # steps of 12 ms
+    prefill_everywhere(cluster)
+    assert cluster.stays_s(cluster["i1"]) == pytest.approx(6.0)  # steps of 60 ms
+    assert cluster.expected(cluster["i1"]).batch == 4  # as long as it waits for its first token
+    assert cluster.expected(cluster["i0"]).batch == 1
+    assert cluster.decode_columns(frozenset()).stays_s.tolist() == [cluster.stays_s(i) for i in cluster.instances]
 
 
 def test_prefill_beside_decode_is_predicted_in_the_slack_of_its_steps() -> None:
     cluster = fleet(Role.MIXED)
-    cluster.decode_share = 0.0  # only who decodes now counts
+    cluster.ttft_s, cluster.answer_tokens = 1e9, 1.0  # only who decodes now counts
     cluster.sent("i0", "r", seconds=1.0, tokens=1000, now=0.0, rank=0.0, due_s=30.0)
     assert cluster["i0"].book.wait_s(0.0) == 1.0
     cluster.sit("i0", "d", seat(context_tokens=35_000), 0.0)
@@ -190,10 +219,10 @@ def test_requests_still_in_prefill_count_with_the_share_of_time_that_they_will_d
     prefill_everywhere(cluster)
     for index in range(10):
         cluster.sit("i0", f"r{index}", seat(), 0.0)  # 10 would be more than 8 seats hold
-    cluster.decode_share = 0.5
+    cluster.answer_tokens, cluster.ttft_s = 100.0, 1.0  # in steps of 10 ms, for nobody decodes yet
     assert cluster.expected(cluster["i0"]).batch == 5
     assert elastic().review(cluster, 0.0) == []
-    cluster.decode_share = 0.9
+    cluster.ttft_s = 0.1
     assert elastic().review(cluster, 0.0) != []
 
 
@@ -207,8 +236,8 @@ def test_another_decodes_when_incoming_kv_would_fill_the_network_of_one() -> Non
     cluster = fleet(Role.MIXED, Role.PREFILL, Role.PREFILL)
     prefill_everywhere(cluster)
     sit(cluster, "i0", 2)  # 2,000 tokens: 0.2 s of network
-    cluster.stays_s = 1.0
+    cluster.answer_tokens = 16.0  # in steps of 60 ms
     assert elastic().review(cluster, 0.0) == []
-    cluster.stays_s = 0.23
+    cluster.answer_tokens = 3.8
     changes = elastic().review(cluster, 0.0)
     assert [c.instance for c in changes if c.role is not Role.PREFILL] == ["i1"]

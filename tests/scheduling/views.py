@@ -26,5 +26,5 @@ def decode_columns(*rows: tuple[str, int, int, int]) -> DecodeColumns:
         kv_tokens=free + context,
         taken_kv=context,
         can_prefill=np.zeros(len(rows), dtype=np.bool_),
-        stays_s=10.0,
+        stays_s=np.full(len(rows), 10.0),
     )

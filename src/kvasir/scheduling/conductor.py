@@ -195,7 +195,7 @@ class Conductor:
 
     def _finished(self, placed: Placed, event: RequestEvent, now: float) -> list[Command]:
         assert isinstance(event, ev.Finished)
-        self._placer.learn(event.output_tokens, self._fleet.seated_s(placed.decode, placed.request.id, now))
+        self._placer.learn(event.output_tokens)
         self._forget(placed, now)
         self.counters["finished"] += 1
         return []
@@ -273,7 +273,8 @@ class Conductor:
     def _sit(self, placed: Placed, decode: DecodeChoice, joins_s: float, now: float) -> None:
         request, placer = placed.request, self._placer
         placed.decode = decode.instance
-        seat = Seat(placer.context_tokens(request), placer.kv_tokens(request), joins_s, placer.stays_s)
+        stays_s = self._fleet.stays_s(self._fleet[decode.instance])
+        seat = Seat(placer.context_tokens(request), placer.kv_tokens(request), joins_s, stays_s)
         self._fleet.sit(decode.instance, request.id, seat, now)
 
     def _prefill_over(self, placed: Placed, now: float) -> None:

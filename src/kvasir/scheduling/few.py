@@ -42,7 +42,6 @@ class FewView:
         "prefillers",
         "prefix_tokens",
         "source",
-        "stays_s",
         "tbt_s",
         "wait_s",
     )
@@ -57,7 +56,6 @@ class FewView:
         rank: float,
         due_s: float,
         tbt_s: float,
-        stays_s: float,
         costs: CostModel,
         kv_bytes_per_token: int,
         block_tokens: int,
@@ -80,7 +78,6 @@ class FewView:
         self.chunk_tokens = chunk_tokens
         self.due_in_s = due_s - now
         self.tbt_s = tbt_s
-        self.stays_s = stays_s
         self.layerwise = layerwise
         self.max_stages = max_stages
         self._known_s: dict[int, float] = {}
@@ -142,10 +139,7 @@ def least_tbt_of_few(view: FewView, prefill: Candidate | None, kv_tokens: int) -
 def least_expected_tbt_of_few(view: FewView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
     if prefill is None:
         return least_tbt_of_few(view, prefill, kv_tokens)
-    in_s, stays_s = prefill.ttft_s, view.stays_s
-    stayed = max(0.0, 1.0 - in_s / stays_s)
-    came = min(1.0, stays_s / in_s) if in_s > 0.0 else 1.0
-    batches = [_then(view.fleet, known, stayed, came) for known in view.decoders]
+    batches = [_then(view.fleet, known, prefill.ttft_s) for known in view.decoders]
     is_shown = _row_of(view, prefill) is not None and view.transfer_s(view.num_prompt_tokens) > prefill.prefill_s
     only = [] if is_shown else [row for row, known in enumerate(view.decoders) if not known.can_prefill]
     if only and len(only) < len(batches):
@@ -189,8 +183,11 @@ def _now(fleet: Fleet, known: Instance) -> _Batch:
     return len(known.seats), known.context_tokens, fleet.free_kv_tokens(known)
 
 
-def _then(fleet: Fleet, known: Instance, stayed: float, came: float) -> _Batch:
+def _then(fleet: Fleet, known: Instance, in_s: float) -> _Batch:
     """As DecodeColumns.expected has it."""
+    stays_s = fleet.stays_s(known)
+    stayed = max(0.0, 1.0 - in_s / stays_s)
+    came = min(1.0, stays_s / in_s) if in_s > 0.0 else 1.0
     taken = known.taken
     reserved = fleet.reserved_kv_tokens(known)
     return (

@@ -104,9 +104,10 @@ class Fleet:
         self._latest_rank = -math.inf
         self._masks_nodes: tuple[str | None, ...] | None = None  # for which `_masks` are: those of the prefillers' nodes
         self._masks: list[int] = []
-        self.decode_share = 1.0
-        """Of the time between arrival and end, the share that an answer takes; the Placer learns it, and how long that is."""
-        self.stays_s = math.inf
+        self.answer_tokens = math.inf
+        """Tokens of an answer, on average; the Placer learns it."""
+        self.ttft_s = 0.0
+        """What the Placer predicted for the last requests, on average."""
         self._index()
 
     def __len__(self) -> int:
@@ -199,7 +200,7 @@ class Fleet:
             can_decode=self._can_decode[rows],
         )
 
-    def decode_columns(self, avoid: frozenset[str], *, stays_s: float) -> DecodeColumns:
+    def decode_columns(self, avoid: frozenset[str]) -> DecodeColumns:
         """Instances that can decode, as above."""
         self._refresh()
         rows = self._without(self._decode_rows, avoid)
@@ -215,7 +216,7 @@ class Fleet:
             kv_tokens=self._kv_tokens[rows],
             taken_kv=self._taken[2, rows],
             can_prefill=self._can_prefill[rows],
-            stays_s=stays_s,
+            stays_s=self._stays_s(rows),
         )
 
     def free_kv_tokens(self, instance: Instance) -> int:
@@ -255,17 +256,26 @@ class Fleet:
         then = [seat.context_tokens for seat in known.seats.values() if seat.joins_s <= at_s < seat.leaves_s]
         return Outlook(known.taken.batch, known.taken.context_tokens, len(then), sum(then))
 
-    def expected(self, instance: Instance) -> Taken:
-        """What `instance` decodes, now or in the long run, whichever is more.
+    def step_s(self, instance: Instance) -> float:
+        """What a decode step of `instance` takes now, with the prefill beside it if there is any."""
+        taken = instance.taken
+        decode_s = self._costs.decode_step_s(max(1, taken.batch), taken.context_tokens)
+        if self._mixed_step_s is None or not len(instance.book) or decode_s >= self._mixed_step_s:
+            return decode_s
+        return self._mixed_step_s
 
-        In the long run, of all requests assigned to it that share decodes which an answer's stay is of its whole time here
-        (Little's law).
+    def stays_s(self, instance: Instance) -> float:
+        """How long an answer decodes on `instance`: all its tokens in steps as they are now."""
+        return self.answer_tokens * self.step_s(instance)
+
+    def expected(self, instance: Instance) -> Taken:
+        """What `instance` decodes in the long run.
+
+        Of all requests assigned to it that share decodes which an answer's stay is of its whole time here (Little's law).
         """
-        taken, share = instance.taken, self.decode_share
+        share = self._decode_share(self.stays_s(instance))
         return Taken(
-            max(taken.batch, round(share * len(instance.seats))),
-            max(taken.context_tokens, round(share * instance.context_tokens)),
-            max(taken.kv_tokens, round(share * instance.kv_tokens)),
+            round(share * len(instance.seats)), round(share * instance.context_tokens), round(share * instance.kv_tokens)
         )
 
     # --- what was given to whom --------------------------------------------------------------------------------
@@ -319,12 +329,6 @@ class Fleet:
         seat.join(now)
         known.taken.add(seat)
         self._seated(known, now)
-
-    def seated_s(self, instance: str | None, request_id: str, now: float) -> float | None:
-        """How long the request has decoded there; None if it does not."""
-        known = self.get(instance)
-        seat = known.seats.get(request_id) if known is not None else None
-        return now - seat.joins_s if seat is not None and seat.is_taken else None
 
     def leave(self, instance: str | None, request_id: str, now: float) -> None:
         known = self.get(instance)
@@ -432,8 +436,8 @@ class Fleet:
             self._stale_books.add(known.row)
 
     def _pace(self, known: Instance, step_s: float) -> float:
-        """As `expected` has its batch."""
-        taken, share = known.taken, self.decode_share
+        """As `expected` has its batch, or what it decodes now if that is more."""
+        taken, share = known.taken, self._decode_share(self.answer_tokens * step_s)
         batch, context_tokens = round(share * len(known.seats)), round(share * known.context_tokens)
         if batch < taken.batch:
             batch = taken.batch
@@ -444,6 +448,17 @@ class Fleet:
         decode_s = self._costs.decode_step_s(batch, context_tokens)
         pace = 1.0 - (decode_s + self._token_s) / step_s
         return max(LEAST_PACE, pace)
+
+    def _stays_s(self, rows: Ints) -> Floats:
+        """As `stays_s`."""
+        step_s = self._costs.decode_steps_s(np.maximum(1, self._taken[0, rows]), self._taken[1, rows])
+        if self._mixed_step_s is not None:
+            step_s = np.where(self._queued[rows] > 0, np.maximum(step_s, self._mixed_step_s), step_s)
+        return self.answer_tokens * step_s
+
+    def _decode_share(self, stays_s: float) -> float:
+        """Of the time between arrival and end, what an answer takes."""
+        return 1.0 / (1.0 + self.ttft_s / stays_s)
 
     def _wait_s(self, rows: Ints, now: float, rank: float) -> Floats:
         """All that was sent goes first unless somebody queues after `rank`; see PrefillBook.wait_s for the formula."""

@@ -122,7 +122,6 @@ class Placer:
         "_rule_of_few",
         "_rules",
         "_slo",
-        "_stays_s",
         "_ttft_s",
     )
 
@@ -150,7 +149,7 @@ class Placer:
         self._output_tokens = float(config.expected_output_tokens)
         self._num_outputs = PRIOR_WEIGHT
         self._ttft_s = 0.0
-        self._stays_s = config.expected_output_tokens * slo.tbt_s
+        fleet.answer_tokens = self._output_tokens
 
     def refuse_outright(self, request: Request, *, num_queued: int, now: float) -> Refusal | None:
         """What needs no placement to be refused: too large for any instance, or the queue is full."""
@@ -226,17 +225,11 @@ class Placer:
     def refused(self, request: Request, refusal: Refusal, now: float) -> Decision:
         return Decision(request.id, self._rules.policy.name, now, refusal=refusal.message)
 
-    def learn(self, output_tokens: int, decoded_s: float | None) -> None:
-        """An answer had so many tokens and, where it was decoded after a prefill, took so long."""
+    def learn(self, output_tokens: int) -> None:
+        """An answer had so many tokens."""
         self._num_outputs = min(self._num_outputs + 1, MEMORY)
         self._output_tokens += (output_tokens - self._output_tokens) / self._num_outputs
-        if decoded_s is not None:
-            self._stays_s += (max(MIN_RETRY_S, decoded_s) - self._stays_s) / self._num_outputs
-
-    @property
-    def stays_s(self) -> float:
-        """How long an answer decodes, learned."""
-        return self._stays_s
+        self._fleet.answer_tokens = self._output_tokens
 
     def expected_output(self, request: Request) -> int:
         return min(request.max_tokens, max(1, round(self._output_tokens)))
@@ -250,10 +243,9 @@ class Placer:
         return request.num_prompt_tokens + self.expected_output(request) // 2
 
     def _foresee(self, ttft_s: float) -> None:
-        """A placement predicts this TTFT: keep the mean of the last ones, and what it means for decode."""
+        """A placement predicts this TTFT: keep the mean of the last ones."""
         self._ttft_s += (ttft_s - self._ttft_s) / TTFT_MEMORY
-        self._fleet.stays_s = self._stays_s
-        self._fleet.decode_share = self._stays_s / (self._stays_s + self._ttft_s)
+        self._fleet.ttft_s = self._ttft_s
 
     def _rank(self, request: Request, due_s: float, now: float) -> float:
         return self._rules.rank(now, due_s, self._costs.prefill_s(request.num_prompt_tokens, 0))
@@ -289,7 +281,6 @@ class Placer:
             rank=rank,
             due_s=due_s,
             tbt_s=self._slo.tbt_s,
-            stays_s=self._stays_s,
             costs=self._costs,
             kv_bytes_per_token=config.kv_bytes_per_token,
             block_tokens=config.block_tokens,
@@ -305,7 +296,7 @@ class Placer:
         block_tokens = config.block_tokens
         return ClusterView(
             prefills=self._fleet.prefill_columns(match, block_tokens=block_tokens, now=now, rank=rank, avoid=avoid),
-            decodes=self._fleet.decode_columns(avoid, stays_s=self._stays_s),
+            decodes=self._fleet.decode_columns(avoid),
             num_prompt_tokens=request.num_prompt_tokens,
             best_tokens=match.best * block_tokens,
             source=match.source,

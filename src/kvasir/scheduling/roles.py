@@ -11,7 +11,7 @@ from kvasir.core.commands import SetRole
 from kvasir.core.request import Role
 from kvasir.costs.model import CostModel
 from kvasir.scheduling.decode_choice import FULL
-from kvasir.scheduling.fleet import Fleet, Instance
+from kvasir.scheduling.fleet import LEAST_PACE, Fleet, Instance
 
 CALM = 0.85
 """Share of its network that an instance's incoming KV may use on average. Most hand-offs are hidden by a prefill that takes ten
@@ -19,6 +19,11 @@ times as long."""
 
 HOLD_S = 10.0
 """For so long other roles must be better before they are taken, unless too few decode: about half of an answer."""
+
+STEEP = 1.0 / (2.0 * (1.0 - FULL))
+"""Where a little less than the demand of decoding is met, so many times that share of the answers is late: what is left beyond
+FULL makes up for an error in the demand of up to 1 - FULL either way, and where it does not, the whole batch is late. Prefill
+that is short makes only those late, or refused, that it is short for."""
 
 NOTHING = 1e-9
 """Demand is never nothing, so that it divides."""
@@ -46,10 +51,10 @@ class Demand:
 class Elastic:
     """Lets as many instances decode as the requests given to them need, in the way that leaves most for prefill.
 
-    An instance with the role `decode` does nothing else. Its steps are as short as its batch allows, so that fewer answers are
-    under way at a time and it meets more of the demand. A `mixed` one takes prefill in the slack of steps of `step_s`. While
-    some instances have nothing to prefill, half of these are `mixed`, too: KV then comes in by more networks, and a burst of
-    hand-offs shows less.
+    Where there are too few for both, in the way that lets most through. An instance with the role `decode` does nothing else.
+    Its steps are as short as its batch allows, so that fewer answers are under way at a time and it meets more of the demand.
+    A `mixed` one takes prefill in the slack of steps of `step_s`. While some instances have nothing to prefill, half of these
+    are `mixed`, too: KV then comes in by more networks, and a burst of hand-offs shows less.
     """
 
     def __init__(self, costs: CostModel, tbt_s: float, step_s: float, transfer_s: Callable[[int], float]):
@@ -62,36 +67,43 @@ class Elastic:
         self._transfer_s = transfer_s
         self._since_s = math.inf
         self._idle = 0.0
+        self._busy = 0.0
         self._seen_s = math.inf
 
     def review(self, fleet: Fleet, now: float) -> list[SetRole]:
         """At once if those that decode are too few, or nobody decodes; else what was better for HOLD_S."""
+        self._observe(fleet, now)
         demand, decoders = self._demand(fleet), fleet.decoders
         only = sum(instance.info.role is Role.DECODE for instance in decoders)
         mixed = len(decoders) - only
-        wanted = self._wanted(fleet, demand, now)
+        wanted = self._wanted(demand, len(fleet.instances), only, mixed)
         if wanted == (only, mixed):
             self._since_s = math.inf
             return []
         self._since_s = min(self._since_s, now)
-        is_urgent = only * self._alone(demand) + mixed * self._beside(demand) < 1.0
+        is_urgent = self._met(demand, only, mixed) < 1.0
         if not is_urgent and now - self._since_s < HOLD_S and any(instance.seats for instance in fleet.instances):
             return []
         self._since_s = math.inf
         return self._change(fleet, *wanted)
 
-    def _wanted(self, fleet: Fleet, demand: Demand, now: float) -> tuple[int, int]:
-        """How many should only decode, and how many be mixed."""
-        enough = math.ceil(1.0 / self._beside(demand))
-        spare = self._spare(fleet, enough, now)
-        return (0, enough + spare) if spare else self._cheapest(demand, len(fleet.instances))
-
-    def _spare(self, fleet: Fleet, needed: int, now: float) -> int:
-        """Half of those that have nothing to prefill, on average over HOLD_S, beyond the `needed`; the others take bursts."""
+    def _observe(self, fleet: Fleet, now: float) -> None:
+        """How many have nothing to prefill, and what share of those that may prefill do, on average over HOLD_S."""
+        prefillers = fleet.prefillers
         idle = sum(not len(instance.book) for instance in fleet.instances)
-        self._idle += (idle - self._idle) * -math.expm1(min(0.0, self._seen_s - now) / HOLD_S)
+        busy = sum(1 for instance in prefillers if len(instance.book)) / max(1, len(prefillers))
+        gain = -math.expm1(min(0.0, self._seen_s - now) / HOLD_S)
+        self._idle += (idle - self._idle) * gain
+        self._busy += (busy - self._busy) * gain
         self._seen_s = now
-        return max(0, int((self._idle - needed) / 2))
+
+    def _wanted(self, demand: Demand, count: int, only: int, mixed: int) -> tuple[int, int]:
+        """How many of `count` instances should only decode, and how many be mixed; now `only` and `mixed` are."""
+        enough = math.ceil(1.0 / self._beside(demand))
+        spare = max(0, int((self._idle - enough) / 2))  # the other half takes bursts
+        if spare:
+            return 0, enough + spare
+        return self._best(demand, count, self._busy * self._left(demand, count, only, mixed))
 
     def _change(self, fleet: Fleet, only: int, mixed: int) -> list[SetRole]:
         """Who decodes goes on with it, those with most to decode with nothing else; then come those with least to prefill."""
@@ -104,17 +116,35 @@ class Elastic:
         roles = [Role.DECODE] * only + [Role.MIXED] * mixed + [Role.PREFILL] * (len(in_order) - only - mixed)
         return [SetRole(i.info.id, role) for i, role in zip(in_order, roles, strict=True) if i.info.role is not role]
 
-    def _cheapest(self, demand: Demand, count: int) -> tuple[int, int]:
-        """Of all that meet the demand with `count` instances, what costs least prefill; where nothing does, all are mixed."""
-        alone, beside = self._alone(demand), self._beside(demand)
-        best, least = (0, count), math.inf
-        for only in range(min(count, math.ceil(1.0 / alone) + 1)):
-            left = max(0.0, 1.0 - only * alone)
-            mixed = max(0 if only else 1, math.ceil(left / beside))
-            cost = only + mixed * (1.0 - self._pace(demand, left / max(1, mixed)))
-            if only + mixed <= count and cost <= least:
-                best, least = (only, mixed), cost
+    def _best(self, demand: Demand, count: int, prefill: float) -> tuple[int, int]:
+        """What lets most through, where prefill takes `prefill` whole instances; of several, what leaves most for that."""
+        best, most = (0, count), (0.0, 0.0)
+        for only, mixed in self._ways(demand, count):
+            left = self._left(demand, count, only, mixed)
+            through = min(1.0, left / max(NOTHING, prefill), self._met(demand, only, mixed) ** STEEP)
+            if (through, left) >= most:
+                best, most = (only, mixed), (through, left)
         return best
+
+    def _ways(self, demand: Demand, count: int) -> list[tuple[int, int]]:
+        """For each number that only decode, as many mixed ones as meet the rest of the demand, and one less."""
+        alone, beside = self._alone(demand), self._beside(demand)
+        ways = []
+        for only in range(min(count, math.ceil(1.0 / alone) + 1)):
+            most = min(count - only, max(0 if only else 1, math.ceil((1.0 - only * alone) / beside)))
+            ways += [(only, mixed) for mixed in (most - 1, most) if only + mixed > 0 and mixed >= 0]
+        return ways
+
+    def _met(self, demand: Demand, only: int, mixed: int) -> float:
+        """The share of the demand that so many meet."""
+        return only * self._alone(demand) + mixed * self._beside(demand)
+
+    def _left(self, demand: Demand, count: int, only: int, mixed: int) -> float:
+        """Prefill that `count` instances do when so many decode, in instances that do nothing else."""
+        if not mixed:
+            return count - only
+        share = max(0.0, 1.0 - only * self._alone(demand)) / mixed
+        return count - only - mixed + mixed * self._pace(demand, min(share, self._beside(demand)))
 
     def _alone(self, demand: Demand) -> float:
         """The share of the demand that one meets which does nothing else: its steps take fixed / (1 - share * steps)."""
@@ -129,7 +159,7 @@ class Elastic:
 
     def _pace(self, demand: Demand, share: float) -> float:
         """Seconds of prefill in a second of one that meets so much of the demand beside."""
-        return max(0.0, 1.0 - (self._fixed_s + self._chunk_s) / self._step_s - share * demand.steps)
+        return max(LEAST_PACE, 1.0 - (self._fixed_s + self._chunk_s) / self._step_s - share * demand.steps)
 
     def _demand(self, fleet: Fleet) -> Demand:
         held = steps = network = NOTHING
@@ -141,7 +171,7 @@ class Elastic:
             step_s = max(decode_s, self._step_s) if len(instance.book) else decode_s
             held += max(expected.kv_tokens / max(1, info.kv_tokens), expected.batch / info.max_batch) / step_s
             steps += (decode_s - self._fixed_s) / step_s
-            network += self._transfer_s(expected.context_tokens) / fleet.stays_s / CALM  # all came within an answer's stay
+            network += self._transfer_s(expected.context_tokens) / fleet.stays_s(instance) / CALM  # came within a stay
         return Demand(held, steps, network)
 
 

@@ -13,7 +13,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from kvasir.core.commands import Candidate
-from kvasir.costs.model import CostModel
+from kvasir.costs.model import CostModel, split_s
 
 if TYPE_CHECKING:
     from kvasir.scheduling.few import FewView
@@ -50,7 +50,7 @@ class PrefillColumns(Struct, frozen=True):
 class DecodeColumns(Struct, frozen=True):
     """The instances that can decode, sorted by id: what each was given already, those still in prefill included.
 
-    Of these, `taken_batch` with `taken_context` and `taken_kv` tokens decode now. An answer stays for about `stays_s`.
+    Of these, `taken_batch` with `taken_context` and `taken_kv` tokens decode now. An answer stays `stays_s` there.
     `can_prefill`: it may also do that.
     """
 
@@ -64,15 +64,15 @@ class DecodeColumns(Struct, frozen=True):
     kv_tokens: Ints
     taken_kv: Ints
     can_prefill: Bools
-    stays_s: float
+    stays_s: Floats
 
     def expected(self, in_s: float) -> DecodeColumns:
         """The batches in so many seconds, if those that decode now leave evenly and those in prefill come evenly till then.
 
         Of those that come, who came more than `stays_s` before has left again.
         """
-        stayed = max(0.0, 1.0 - in_s / self.stays_s)
-        came = min(1.0, self.stays_s / in_s) if in_s > 0.0 else 1.0
+        stayed = np.maximum(0.0, 1.0 - in_s / self.stays_s)
+        came = np.minimum(1.0, self.stays_s / in_s) if in_s > 0.0 else np.ones(len(self))
         assigned_kv = self.kv_tokens - self.free_kv_tokens
         return replace(
             self,
@@ -217,11 +217,11 @@ def prompt_prefill_s(costs: CostModel, num_prompt_tokens: int, cached_tokens: in
     new_tokens = num_prompt_tokens - cached_tokens
     seconds = costs.prefill_s(new_tokens, cached_tokens)
     if chunk_tokens is not None and new_tokens > chunk_tokens:
-        seconds += (-(-new_tokens // chunk_tokens) - 1) * costs.prefill_s(1, 0)
+        seconds += (-(-new_tokens // chunk_tokens) - 1) * split_s(costs)
     return seconds
 
 
-def _mixed(taken: Ints, assigned: Ints, stayed: float, came: float) -> Ints:
+def _mixed(taken: Ints, assigned: Ints, stayed: Floats, came: Floats) -> Ints:
     return (taken * stayed + (assigned - taken) * came).astype(np.int64)
 
 
