@@ -20,6 +20,9 @@ from kvasir.scheduling.view import Bools, DecodeColumns, Floats, Ints, PrefillCo
 LEAST_PACE: Final = 0.02
 """An instance whose decode steps leave no slack still prefills a little: a prediction must stay finite."""
 
+ROUNDS = 6
+"""The longer steps take, the more answers are under way at a time, and so on: each round halves the error, or better."""
+
 
 class Seat:
     """A place in a decode batch: context that will be read each step, KV that will be held, and from when to when.
@@ -97,6 +100,7 @@ class Fleet:
     def __init__(self, costs: CostModel, mixed_step_s: float | None = None) -> None:
         self._costs = costs
         self._token_s = costs.prefill_s(1, 0)
+        self._fixed_s = costs.decode_step_s(1, 0)
         self._mixed_step_s = mixed_step_s
         self._by_id: dict[str, Instance] = {}
         self._rows: list[Instance] = []
@@ -257,15 +261,21 @@ class Fleet:
         return Outlook(known.taken.batch, known.taken.context_tokens, len(then), sum(then))
 
     def step_s(self, instance: Instance) -> float:
-        """What a decode step of `instance` takes now, with the prefill beside it if there is any."""
-        taken = instance.taken
-        decode_s = self._costs.decode_step_s(max(1, taken.batch), taken.context_tokens)
-        if self._mixed_step_s is None or not len(instance.book) or decode_s >= self._mixed_step_s:
-            return decode_s
-        return self._mixed_step_s
+        """What a decode step of `instance` takes in the long run, with the prefill beside it if there is any.
+
+        Not as it is now: whoever has a small batch just now would seem fast, and be given all that comes.
+        """
+        batch, context_tokens = len(instance.seats), instance.context_tokens
+        least_s = self._mixed_step_s if self._mixed_step_s is not None and len(instance.book) else 0.0
+        step_s = max(least_s, self._fixed_s)
+        for _ in range(ROUNDS):
+            share = self._decode_share(self.answer_tokens * step_s)
+            decode_s = self._costs.decode_step_s(max(1, round(share * batch)), round(share * context_tokens))
+            step_s = max(least_s, decode_s)
+        return step_s
 
     def stays_s(self, instance: Instance) -> float:
-        """How long an answer decodes on `instance`: all its tokens in steps as they are now."""
+        """How long an answer decodes on `instance`: its tokens in steps of the long run."""
         return self.answer_tokens * self.step_s(instance)
 
     def expected(self, instance: Instance) -> Taken:
@@ -451,10 +461,16 @@ class Fleet:
 
     def _stays_s(self, rows: Ints) -> Floats:
         """As `stays_s`."""
-        step_s = self._costs.decode_steps_s(np.maximum(1, self._taken[0, rows]), self._taken[1, rows])
-        if self._mixed_step_s is not None:
-            step_s = np.where(self._queued[rows] > 0, np.maximum(step_s, self._mixed_step_s), step_s)
-        return self.answer_tokens * step_s
+        batch, context_tokens = self._batch[rows], self._context[rows]
+        least_s = np.where(self._queued[rows] > 0, self._mixed_step_s or 0.0, 0.0)
+        step_s = np.maximum(least_s, self._fixed_s)
+        for _ in range(ROUNDS):
+            share = 1.0 / (1.0 + self.ttft_s / (self.answer_tokens * step_s))
+            batch_then = np.maximum(1, np.rint(share * batch).astype(np.int64))
+            decode_s = self._costs.decode_steps_s(batch_then, np.rint(share * context_tokens).astype(np.int64))
+            step_s = np.maximum(least_s, decode_s)
+        stays_s: Floats = self.answer_tokens * step_s
+        return stays_s
 
     def _decode_share(self, stays_s: float) -> float:
         """Of the time between arrival and end, what an answer takes."""

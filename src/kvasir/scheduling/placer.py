@@ -196,8 +196,8 @@ class Placer:
         due_s: float,
     ) -> Proposal:
         chosen = choice.chosen
-        self._foresee(chosen.ttft_s)
         decode = rule(view, chosen, self.kv_tokens(request))
+        self._foresee(chosen.ttft_s)
         work_s = view.prefill_s(chosen.prefix_tokens) / len(chosen.members)
         decision = self._decision(request, choice, decode, now)
         return Proposal(choice, decode, decision, rank=rank, due_s=due_s, work_s=work_s)
