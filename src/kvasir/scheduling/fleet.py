@@ -270,8 +270,13 @@ class Fleet:
         step_s = max(least_s, self._fixed_s)
         for _ in range(ROUNDS):
             share = self._decode_share(self.answer_tokens * step_s)
-            decode_s = self._costs.decode_step_s(max(1, round(share * batch)), round(share * context_tokens))
-            step_s = max(least_s, decode_s)
+            batch_then, context_then = int(share * batch + 0.5), int(share * context_tokens + 0.5)
+            next_s = self._costs.decode_step_s(max(1, batch_then), context_then)
+            if next_s < least_s:
+                next_s = least_s
+            if next_s == step_s:
+                break
+            step_s = next_s
         return step_s
 
     def stays_s(self, instance: Instance) -> float:
@@ -466,8 +471,8 @@ class Fleet:
         step_s = np.maximum(least_s, self._fixed_s)
         for _ in range(ROUNDS):
             share = 1.0 / (1.0 + self.ttft_s / (self.answer_tokens * step_s))
-            batch_then = np.maximum(1, np.rint(share * batch).astype(np.int64))
-            decode_s = self._costs.decode_steps_s(batch_then, np.rint(share * context_tokens).astype(np.int64))
+            batch_then = np.maximum(1, (share * batch + 0.5).astype(np.int64))
+            decode_s = self._costs.decode_steps_s(batch_then, (share * context_tokens + 0.5).astype(np.int64))
             step_s = np.maximum(least_s, decode_s)
         stays_s: Floats = self.answer_tokens * step_s
         return stays_s
