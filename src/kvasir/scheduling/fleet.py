@@ -472,8 +472,12 @@ class Fleet:
         for _ in range(ROUNDS):
             share = 1.0 / (1.0 + self.ttft_s / (self.answer_tokens * step_s))
             batch_then = np.maximum(1, (share * batch + 0.5).astype(np.int64))
-            decode_s = self._costs.decode_steps_s(batch_then, (share * context_tokens + 0.5).astype(np.int64))
-            step_s = np.maximum(least_s, decode_s)
+            next_s = np.maximum(
+                least_s, self._costs.decode_steps_s(batch_then, (share * context_tokens + 0.5).astype(np.int64))
+            )
+            if np.array_equal(next_s, step_s):
+                break
+            step_s = next_s
         stays_s: Floats = self.answer_tokens * step_s
         return stays_s
 
