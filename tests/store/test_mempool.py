@@ -6,7 +6,8 @@ import contextlib
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 
@@ -19,6 +20,7 @@ from kvasir.core.errors import ConfigError, PoolError
 from kvasir.core.keys import KEY_BYTES
 from kvasir.core.tier import Tier
 from kvasir.store.mempool import Bytes, MemPool
+from kvasir.store.ssd import SsdOutcome, SsdWrite
 
 SIZE = 4096 + 512
 
@@ -190,6 +192,21 @@ def test_a_disk_that_is_slower_than_the_puts_costs_time_and_no_block(tmp_path: P
         assert pool.stats().dropped == 0
         for number in range(50):
             assert np.array_equal(pool.get(key(number)), value(number))
+
+
+def test_a_block_is_read_back_though_all_memory_is_being_written_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with MemPool(num_blocks=4, block_bytes=SIZE, ssd_path=tmp_path, ssd_blocks=64) as pool:
+        assert pool._file is not None
+        write_many = pool._file.write_many
+
+        def slowly(writes: Sequence[SsdWrite]) -> list[SsdOutcome]:
+            time.sleep(0.1)
+            return write_many(writes)
+
+        monkeypatch.setattr(pool._file, "write_many", slowly)
+        for number in range(8):
+            pool.put(key(number), value(number))
+        assert np.array_equal(pool.get(key(0)), value(0))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

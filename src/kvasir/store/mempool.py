@@ -376,8 +376,10 @@ class MemPool:
         raise PoolError(f"block {key.hex()} is not here")
 
     def _load(self, lease: str, keys: tuple[BlockKey, ...]) -> int:
-        """Read blocks that follow on those of the lease; how many were good."""
+        """Read blocks that follow on those of the lease; how many were good. Memory that is being written out is waited for."""
         assert self._file is not None, "what is on the SSD was read from one"
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_written() or self._loses_nothing(len(keys)), LAG_S)
         loading = self._handle(LoadStart(ME, EPOCH, lease, keys))
         if not isinstance(loading, Loading) or not loading.slots:
             return 0
