@@ -17,7 +17,7 @@ MODULES = {
     " sequence step_former",
     "scheduling/policies": "best dynamo kvasir mooncake",
     "store/messenger": "fair_queue spans tcp_channel tcp_path tcp_server tcp_transfer tcp_wire",
-    "simulator": "agenda cores decoding gaps hub instance jobs memory network node prompts records simulation",
+    "simulator": "agenda cores decoding gaps hub instance jobs memory network node prompts simulation",
 }
 """What runs for every request. It must not define Structs, which mypyc does not know, nor what goes to other processes."""
 
