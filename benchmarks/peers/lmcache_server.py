@@ -13,12 +13,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 from benchmarks.peers import timing
 from benchmarks.peers.mooncake_store import wait_for_port
 from benchmarks.peers.redis_transfer import receive
-from benchmarks.peers.timing import KIB, SIZES
 
 PORT = 16481
 PUT, GET, EXIST, SUCCESS = 1, 2, 3, 200
@@ -27,18 +25,8 @@ REQUEST, ANSWER = struct.Struct("9i150s"), struct.Struct("9i")
 
 
 def main() -> None:
-    nbytes = timing.working_set()
-    memory = memoryview(timing.warm(nbytes).data).cast("B")
-    with server(), socket.create_connection(("127.0.0.1", PORT), timeout=timing.WAIT_S) as sock:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        speeds: dict[str, float] = {}
-        for _ in range(2):
-            for size in SIZES:
-                for name, width in (("", 1), ("_batch16", timing.BATCH)):
-                    for way, move in (("put", put), ("get", get)):
-                        speed = timing.speed(partial(move, sock, memory), nbytes, size, width)
-                        speeds[f"{way}{name} {size // KIB} KiB"] = round(speed, 3)
-        timing.print_line(speeds)
+    with server():
+        timing.report_socket(PORT, put, get)
 
 
 def put(sock: socket.socket, memory: memoryview, offsets: list[int], size: int) -> None:

@@ -6,33 +6,21 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 from benchmarks.peers import timing
 from benchmarks.peers.mooncake_store import wait_for_port
-from benchmarks.peers.timing import KIB, SIZES
 
 PORT = 16479
 
 
 def main() -> None:
-    nbytes = timing.working_set()
-    memory = memoryview(timing.warm(nbytes).data).cast("B")
-    with server(), socket.create_connection(("127.0.0.1", PORT), timeout=timing.WAIT_S) as sock:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        speeds: dict[str, float] = {}
-        for _ in range(2):
-            for size in SIZES:
-                for name, width in (("", 1), ("_batch16", timing.BATCH)):
-                    speeds[f"put{name} {size // KIB} KiB"] = round(
-                        timing.speed(partial(put, sock, memory), nbytes, size, width), 3
-                    )
-                    speeds[f"get{name} {size // KIB} KiB"] = round(
-                        timing.speed(partial(get, sock, memory), nbytes, size, width), 3
-                    )
-                sock.sendall(b"FLUSHALL\r\n")
-                expect(sock, b"+OK\r\n")
-        timing.print_line(speeds)
+    with server():
+        timing.report_socket(PORT, put, get, clear)
+
+
+def clear(sock: socket.socket) -> None:
+    sock.sendall(b"FLUSHALL\r\n")
+    expect(sock, b"+OK\r\n")
 
 
 def put(sock: socket.socket, memory: memoryview, offsets: list[int], size: int) -> None:

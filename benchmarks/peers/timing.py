@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,6 +23,9 @@ WAIT_S = 60.0
 
 Move = Callable[[list[int], int], object]
 """Moves the pieces that begin at these offsets, each so long."""
+
+SocketMove = Callable[[socket.socket, memoryview, list[int], int], object]
+"""The same, between this memory and who is at the socket's other end."""
 
 
 def working_set() -> int:
@@ -58,6 +63,25 @@ def speed(move: Move, nbytes: int, size: int, batch: int) -> float:
     for some in batches:
         move(some, size)
     return nbytes / (time.perf_counter() - started_s) / 1e9
+
+
+def report_socket(
+    port: int, put: SocketMove, get: SocketMove, clear: Callable[[socket.socket], None] = lambda sock: None
+) -> None:
+    """As `report`, of a server on loopback that is spoken to by a raw socket; `clear` empties it after each size."""
+    nbytes = working_set()
+    memory = memoryview(warm(nbytes).data).cast("B")
+    speeds: dict[str, float] = {}
+    with socket.create_connection(("127.0.0.1", port), timeout=WAIT_S) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(2):
+            for size in SIZES:
+                for name, width in (("", 1), (f"_batch{BATCH}", BATCH)):
+                    for way, move in (("put", put), ("get", get)):
+                        found = speed(partial(move, sock, memory), nbytes, size, width)
+                        speeds[f"{way}{name} {size // KIB} KiB"] = round(found, 3)
+                clear(sock)
+    print_line(speeds)
 
 
 def require(result: int) -> None:
