@@ -461,8 +461,7 @@ class Fleet:
         if context_tokens < taken.context_tokens:
             context_tokens = taken.context_tokens
         decode_s = self._costs.decode_step_s(batch, context_tokens)
-        pace = 1.0 - (decode_s + self._token_s) / step_s
-        return max(LEAST_PACE, pace)
+        return max(LEAST_PACE, 1.0 - (decode_s + self._token_s) / step_s)
 
     def _stays_s(self, rows: Ints) -> Floats:
         """As `stays_s`."""
