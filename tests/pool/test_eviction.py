@@ -18,35 +18,36 @@ SECONDS = block_seconds(reference_cost(), 512)
 
 
 def block(name: int, depth: int = 0, uses: int = 1) -> Block:
-    return Block(bytes([0, name]) * 8, depth, depth, uses)
+    return Block(bytes([0, name]) * 8, name, depth, depth, uses=uses)
 
 
 class OneByOne:
-    """An eviction policy that is told of a single block at a time."""
+    """An eviction policy that is told of a single block at a time, by its slot."""
 
     def __init__(self, many: Eviction):
         self.many = many
         self.blocks: dict[int, Block] = {}
 
     def add(self, slot: int, block: Block, now: float) -> None:
+        block.slot = slot
         self.blocks[slot] = block
-        self.many.add([slot], [block], now)
+        self.many.add([block], now)
 
     def remove(self, slot: int, now: float) -> None:
-        self.many.remove([slot], [self.blocks[slot]], now)
+        self.many.remove([self.blocks[slot]], now)
 
     def forget(self, slot: int, now: float) -> None:
-        self.many.forget(slot, self.blocks[slot], now)
+        self.many.forget(self.blocks[slot], now)
 
     def victim(self, now: float) -> int | None:
         victims = self.many.victims(1, now)
-        return victims[0] if victims else None
+        return victims[0].slot if victims else None
 
     def __len__(self) -> int:
         return len(self.many)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.many)
+        return iter([block.slot for block in self.many])
 
 
 def made(policy: str) -> OneByOne:
@@ -115,7 +116,7 @@ GAPS = st.sampled_from([0.0, 0.1, 3.0, 700.0])
 def test_no_suffix_stays_without_its_prefix(policy: str, paths: list[list[int]], gap: float, num_slots: int) -> None:
     """Keys spell out the path to their block; two requests overlap, so that prefixes are released later than suffixes."""
     cache = CacheReplay(num_slots, made(policy).many).slots
-    open_leases: list[list[int]] = []
+    open_leases: list[list[Block]] = []
     for number, path in enumerate(paths):
         now = gap * number
         keys = [b"\0" + bytes(path[: depth + 1]) for depth in range(len(path))]
@@ -174,10 +175,10 @@ def test_cost_aware_learns_that_blocks_used_once_do_not_come_back() -> None:
     aware = OneByOne(CostAware(lambda _: 1.0))
     for number in range(20_000):
         once, often = number.to_bytes(8, "little") * 2, bytes([0, number % 8]) * 8
-        aware.add(number % 1000, Block(once, 0, 0, 1), float(number))
+        aware.add(number % 1000, Block(once, 0, 0, 0, uses=1), float(number))
         if number >= 8:
             aware.remove(1000 + number % 8, float(number))
-        aware.add(1000 + number % 8, Block(often, 0, 0, 2), float(number))
+        aware.add(1000 + number % 8, Block(often, 0, 0, 0, uses=2), float(number))
         if number % 1000 == 999:
             for _ in range(1000):
                 victim = aware.victim(float(number))
@@ -185,7 +186,7 @@ def test_cost_aware_learns_that_blocks_used_once_do_not_come_back() -> None:
                     assert victim is not None
                     assert victim < 1000, "the blocks that are used all the time stay"
                 elif victim is not None and victim >= 1000:
-                    aware.add(victim, Block(bytes([0, victim - 1000]) * 8, 0, 0, 2), float(number))
+                    aware.add(victim, Block(bytes([0, victim - 1000]) * 8, 0, 0, 0, uses=2), float(number))
 
 
 def test_ghosts_are_bounded_and_the_oldest_is_forgotten_first() -> None:

@@ -12,7 +12,7 @@ from kvasir.native.load import SOURCES, built_folder
 
 MODULES = {
     "costs": "quick",
-    "pool": "cost_aware directory eviction ghosts leases match node reuse slots ssd",
+    "pool": "cost_aware directory eviction ghosts leases match node reuse runs slots ssd",
     "scheduling": "admission batcher book chunking conductor decode_set few fleet placed placer queues roles"
     " sequence step_former",
     "scheduling/policies": "best dynamo kvasir mooncake",

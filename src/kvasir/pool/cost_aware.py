@@ -12,7 +12,6 @@ worth never decreases with uses and depth nor increases with age, and ties go to
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
@@ -20,6 +19,7 @@ from kvasir.costs.model import CostModel
 from kvasir.pool.eviction import Block
 from kvasir.pool.ghosts import Ghosts
 from kvasir.pool.reuse import AGES, MAX_CLASS, SAMPLE, TICKS_PER_SECOND, ReuseRates
+from kvasir.pool.runs import Run, RunQueue
 
 BlockSeconds = Callable[[int], float]
 """Seconds to compute block `depth` of a sequence when all before it is in place; never less for a deeper one."""
@@ -41,118 +41,93 @@ def block_seconds(costs: CostModel, block_tokens: int) -> BlockSeconds:
     return lambda depth: costs.prefill_s(block_tokens, depth * block_tokens)
 
 
-class _Run:
-    """Idle blocks of one sequence that were released together and are of one class, deepest first.
-
-    What is evicted goes from its start, and what is leased again, a prefix of the sequence, from its end.
-    """
-
-    __slots__ = ("blocks", "since", "slots")
-
-    def __init__(self, since: float):
-        self.slots: list[int] = []
-        self.blocks: list[Block] = []
-        self.since = since
-
-
 class CostAware:
-    """O(1) a block, and most of it is done for runs of blocks; a first victim at some time costs one look at each class in
-    use, further ones at that time O(1).
+    """O(1) a block, and most of it is done for runs of blocks; to evict costs one look at each class beside, and one at all of
+    them for each run that goes.
     """
 
     def __init__(self, seconds: BlockSeconds):
         self._seconds = seconds
         self._rates = ReuseRates()
         self._ghosts: Ghosts[int] = Ghosts()
-        self._classes: list[OrderedDict[int, _Run]] = [OrderedDict() for _ in range(_NUM_CLASSES)]  # by number, oldest first
-        self._num_runs = 0  # so far, which numbers the next; a block notes in which it is
+        self._classes = [RunQueue() for _ in range(_NUM_CLASSES)]
         self._class_of_depth: list[int] = []
-        self._num_known = 0  # blocks that have been idle in their slot
+        self._num_known = 0
         self._len = 0
-        self._order: list[tuple[float, int]] = []  # worths of the heads of classes as of _order_now, best first
-        self._order_now = math.nan
 
     def __len__(self) -> int:
         return self._len
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Block]:
         for runs in self._classes:
-            for run in runs.values():
-                yield from run.slots
+            for run in runs:
+                yield from run.blocks
 
-    def add(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
-        if new := [block for block in blocks if block.class_ is None]:
+    def add(self, blocks: Sequence[Block], now: float) -> None:
+        if new := [block for block in blocks if not block.is_known]:
             self._meet(new, now)
         self._reach(blocks)
-        run, class_ = None, -1
-        for place, block in enumerate(blocks):
-            its_class = self._class_of(block)
-            if run is None or its_class != class_:
-                class_ = its_class
-                self._num_runs += 1
-                run = self._classes[class_][self._num_runs] = _Run(now)
-            run.slots.append(slots[place])
+        run: Run | None = None
+        for block in blocks:
+            class_ = self._class_of(block)
+            if run is None or run.class_ != class_:
+                run = Run(class_, now)
+                self._classes[class_].append(run)
             run.blocks.append(block)
-            block.class_, block.run = class_, self._num_runs
+            block.run = run
             if block.is_watched:
                 self._rates.released(block.key, class_ // COST_CLASSES, now)
-        self._len += len(slots)
-        self._order_now = math.nan
+        self._len += len(blocks)
 
-    def remove(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
-        for place, block in enumerate(blocks):
-            self._leave_run(slots[place], block)
+    def remove(self, blocks: Sequence[Block], now: float) -> None:
+        for block in blocks:
+            self._leave_run(block)
             if block.is_watched:
                 self._rates.used(block.key, now)
-        self._len -= len(slots)
-        self._order_now = math.nan
+        self._len -= len(blocks)
 
-    def forget(self, slot: int, block: Block, now: float) -> None:
-        self._leave_run(slot, block)
-        block.class_ = None
+    def forget(self, block: Block, now: float) -> None:
+        self._leave_run(block)
+        block.is_known = False
         self._len -= 1
         self._num_known -= 1
-        self._order_now = math.nan
 
-    def _leave_run(self, slot: int, block: Block) -> None:
-        assert block.class_ is not None, "a block that is idle has a class"
-        runs = self._classes[block.class_]
-        run = runs[block.run]
-        place = -1 if run.slots[-1] == slot else run.slots.index(slot)
-        del run.slots[place], run.blocks[place]
-        if not run.slots:
-            del runs[block.run]
+    def _leave_run(self, block: Block) -> None:
+        run = block.run
+        assert run is not None, "a block that is idle is in a run"
+        block.run = None
+        blocks = run.blocks
+        if blocks[-1] is block:
+            blocks.pop()
+        else:
+            blocks.remove(block)
+        if not blocks:
+            self._classes[run.class_].remove(run)
 
-    def victims(self, count: int, now: float) -> list[int]:
+    def victims(self, count: int, now: float) -> list[Block]:
         count = min(count, self._len)
-        if self._order_now != now:
-            self._order_now = now
-            self._order = self._heads(now)
-        order, classes = self._order, self._classes
-        slots: list[int] = []
-        blocks: list[Block] = []
-        while count > len(slots):
-            class_ = order[-1][1]
-            runs = classes[class_]
-            number, run = next(iter(runs.items()))
-            end = count - len(slots)
-            if end < len(run.slots):
-                slots += run.slots[:end]
-                blocks += run.blocks[:end]
-                del run.slots[:end], run.blocks[:end]
+        worths = [self._worth(runs.first, now) for runs in self._classes]
+        gone: list[Block] = []
+        while count > len(gone):
+            class_ = _least(worths)
+            runs = self._classes[class_]
+            run = runs.first
+            assert run is not None, "the class of least worth has a block, for there are as many as are asked for"
+            end = count - len(gone)
+            if end < len(run.blocks):
+                gone += run.blocks[:end]
+                del run.blocks[:end]
                 break
-            slots += run.slots
-            blocks += run.blocks
-            del runs[number]
-            if not runs:
-                order.pop()
-            elif next(iter(runs.values())).since != run.since:  # else it is worth as much, and the class stays first
-                order.pop()
-                self._reinsert(self._worth(class_, runs, now), class_)
-        self._num_known -= len(slots)
-        self._ghosts.leave([(block.key, block.past_uses + block.uses) for block in blocks], self._num_known)
-        self._len -= len(slots)
-        return slots
+            gone += run.blocks
+            run.blocks = []
+            runs.remove(run)
+            worths[class_] = self._worth(runs.first, now)
+        for block in gone:
+            block.run = None
+        self._num_known -= len(gone)
+        self._ghosts.leave([(block.key, block.past_uses + block.uses) for block in gone], self._num_known)
+        self._len -= len(gone)
+        return gone
 
     def _class_of(self, block: Block) -> int:
         """Its depth must be within reach."""
@@ -167,32 +142,19 @@ class CostAware:
             for block in blocks:
                 block.past_uses = self._ghosts.recall(block.key) or 0
         for block in blocks:
+            block.is_known = True
             if block.key[0] % SAMPLE == 0:
                 block.is_watched = True
                 self._rates.used(block.key, now)
 
-    def _heads(self, now: float) -> list[tuple[float, int]]:
-        """The worths of the heads of classes, best first."""
-        heads, table = [], self._rates.table
-        for class_, runs in enumerate(self._classes):
-            if runs:
-                octave = int((now - next(iter(runs.values())).since) * TICKS_PER_SECOND).bit_length()  # as ReuseRates.rate
-                rate = table[_USES_CLASS[class_]][octave if octave < AGES else -1]
-                heads.append((rate * _RELATIVE_COST[class_], class_))
-        heads.sort(reverse=True)
-        return heads
-
-    def _worth(self, class_: int, runs: OrderedDict[int, _Run], now: float) -> float:
-        """Of the head of a class: seconds saved per second, relative to the first block's."""
-        return self._rates.rate(_USES_CLASS[class_], now - next(iter(runs.values())).since) * _RELATIVE_COST[class_]
-
-    def _reinsert(self, worth: float, class_: int) -> None:
-        """Into the order of heads, which is short; mostly the class stays first."""
-        order = self._order
-        place = len(order)
-        while place and order[place - 1] < (worth, class_):
-            place -= 1
-        order.insert(place, (worth, class_))
+    def _worth(self, head: Run | None, now: float) -> float:
+        """Of a class by its oldest run: seconds saved per second, relative to the first block's; infinite for none."""
+        if head is None:
+            return math.inf
+        octave = int(
+            (now - head.since_s) * TICKS_PER_SECOND
+        ).bit_length()  # as ReuseRates.rate, which would be called most of all
+        return self._rates.table[_USES_CLASS[head.class_]][octave if octave < AGES else -1] * _RELATIVE_COST[head.class_]
 
     def _reach(self, blocks: Sequence[Block]) -> None:
         """Work out the classes of costs of all depths up to those of these blocks."""
@@ -203,3 +165,12 @@ class CostAware:
         while len(known) <= depth:
             ratio = self._seconds(len(known)) / self._seconds(0)
             known.append(min(COST_CLASSES - 1, max(known[-1] if known else 0, int(2 * math.log2(max(1.0, ratio))))))
+
+
+def _least(worths: list[float]) -> int:
+    """Where the least is, the first of equals."""
+    best, least = 0, worths[0]
+    for class_, worth in enumerate(worths):
+        if worth < least:
+            best, least = class_, worth
+    return best

@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
 
-from kvasir.core.keys import BlockKey
 from kvasir.pool.eviction import Block
 from kvasir.pool.ghosts import Ghosts
 
@@ -14,41 +13,41 @@ Rank = tuple[int, int]
 
 
 class _Ranked:
-    """Idle slots by rank, lowest first, of equal rank the least recently used; O(log r) at r distinct ranks."""
+    """Idle blocks by rank, lowest first, of equal rank the least recently used; O(log r) at r distinct ranks."""
 
     def __init__(self) -> None:
-        self._ranks: dict[int, Rank] = {}
-        self._classes: dict[Rank, OrderedDict[int, None]] = {}
+        self._ranks: dict[Block, Rank] = {}
+        self._classes: dict[Rank, OrderedDict[Block, None]] = {}
         self._heap: list[Rank] = []  # exactly the keys of _classes, which may be empty for a while
 
     def __len__(self) -> int:
         return len(self._ranks)
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Block]:
         return iter(self._ranks)
 
-    def put(self, slot: int, rank: Rank) -> None:
-        self._ranks[slot] = rank
+    def put(self, block: Block, rank: Rank) -> None:
+        self._ranks[block] = rank
         members = self._classes.get(rank)
         if members is None:
             members = self._classes[rank] = OrderedDict()
             heappush(self._heap, rank)
-        members[slot] = None
+        members[block] = None
 
-    def remove(self, slot: int) -> None:
-        del self._classes[self._ranks.pop(slot)][slot]
+    def remove(self, block: Block) -> None:
+        del self._classes[self._ranks.pop(block)][block]
 
-    def pop(self, count: int) -> list[int]:
+    def pop(self, count: int) -> list[Block]:
         heap, classes = self._heap, self._classes
-        slots: list[int] = []
-        while heap and len(slots) < count:
+        blocks: list[Block] = []
+        while heap and len(blocks) < count:
             if members := classes[heap[0]]:
-                slot = members.popitem(last=False)[0]
-                del self._ranks[slot]
-                slots.append(slot)
+                block = members.popitem(last=False)[0]
+                del self._ranks[block]
+                blocks.append(block)
             else:
                 del classes[heappop(heap)]
-        return slots
+        return blocks
 
 
 class Lfu:
@@ -58,36 +57,35 @@ class Lfu:
 
     def __init__(self) -> None:
         self._ranked = _Ranked()
-        self._known: dict[int, tuple[BlockKey, int]] = {}  # slot → its block, and the uses of its earlier stays
-        self._total: dict[int, int] = {}
+        self._num_known = 0
         self._ghosts: Ghosts[int] = Ghosts()
 
-    def add(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
-        for slot, block in zip(slots, blocks, strict=True):
-            known = self._known.get(slot)
-            if known is None or known[0] != block.key:
-                known = self._known[slot] = (block.key, self._ghosts.recall(block.key) or 0)
-            total = self._total[slot] = known[1] + block.uses
-            self._ranked.put(slot, (total, 0))
+    def add(self, blocks: Sequence[Block], now: float) -> None:
+        for block in blocks:
+            if not block.is_known:
+                block.is_known, block.past_uses = True, self._ghosts.recall(block.key) or 0
+                self._num_known += 1
+            self._ranked.put(block, (block.past_uses + block.uses, 0))
 
-    def remove(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
-        for slot in slots:
-            self._ranked.remove(slot)
+    def remove(self, blocks: Sequence[Block], now: float) -> None:
+        for block in blocks:
+            self._ranked.remove(block)
 
-    def forget(self, slot: int, block: Block, now: float) -> None:
-        self._ranked.remove(slot)
-        del self._known[slot], self._total[slot]
+    def forget(self, block: Block, now: float) -> None:
+        self._ranked.remove(block)
+        block.is_known = False
+        self._num_known -= 1
 
-    def victims(self, count: int, now: float) -> list[int]:
-        slots = self._ranked.pop(count)
-        gone = [(self._known.pop(slot)[0], self._total.pop(slot)) for slot in slots]
-        self._ghosts.leave(gone, len(self._known))
-        return slots
+    def victims(self, count: int, now: float) -> list[Block]:
+        blocks = self._ranked.pop(count)
+        self._num_known -= len(blocks)
+        self._ghosts.leave([(block.key, block.past_uses + block.uses) for block in blocks], self._num_known)
+        return blocks
 
     def __len__(self) -> int:
         return len(self._ranked)
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Block]:
         return iter(self._ranked)
 
 
@@ -97,22 +95,22 @@ class LengthAware:
     def __init__(self) -> None:
         self._ranked = _Ranked()
 
-    def add(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
-        for slot, block in zip(slots, blocks, strict=True):
-            self._ranked.put(slot, (block.uses, -block.depth))
+    def add(self, blocks: Sequence[Block], now: float) -> None:
+        for block in blocks:
+            self._ranked.put(block, (block.uses, -block.depth))
 
-    def remove(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
-        for slot in slots:
-            self._ranked.remove(slot)
+    def remove(self, blocks: Sequence[Block], now: float) -> None:
+        for block in blocks:
+            self._ranked.remove(block)
 
-    def forget(self, slot: int, block: Block, now: float) -> None:
-        self._ranked.remove(slot)
+    def forget(self, block: Block, now: float) -> None:
+        self._ranked.remove(block)
 
-    def victims(self, count: int, now: float) -> list[int]:
+    def victims(self, count: int, now: float) -> list[Block]:
         return self._ranked.pop(count)
 
     def __len__(self) -> int:
         return len(self._ranked)
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Block]:
         return iter(self._ranked)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from kvasir.pool.eviction import Block
 from kvasir.pool.slots import SlotTable
 
 
@@ -29,11 +30,11 @@ class Lease:
 
     __slots__ = ("deadline_s", "is_full", "owner", "pinned", "private", "slots", "tenant")
 
-    def __init__(self, owner: str, slots: list[int], tenant: str):
-        """`slots` are of published blocks."""
+    def __init__(self, owner: str, blocks: list[Block], tenant: str):
+        """`blocks` are published, and pinned for this lease."""
         self.owner: str | None = owner
-        self.slots = slots
-        self.pinned = slots.copy()
+        self.slots = [block.slot for block in blocks]
+        self.pinned = blocks
         self.private: dict[int, int] = {}
         self.deadline_s = 0.0
         self.tenant = tenant
@@ -71,7 +72,7 @@ def _misplaced_slots(
 ) -> Iterator[str]:
     """Each slot is exactly one of free, reserved by a living owner, private to a lease, published, filled, written out."""
     places = Counter(slots.free)
-    places.update(slots.index.values())
+    places.update(block.slot for block in slots.index.values())
     places.update(slots.gone)
     for load in loads.values():
         places.update(load.slots)
@@ -98,12 +99,15 @@ def _wrong_holders(owners: Mapping[str, Owner], leases: Mapping[str, Lease], off
 
 def _wrong_contents(slots: SlotTable, leases: Mapping[str, Lease]) -> Iterator[str]:
     """A lease's slots are private or pinned by it, each once, and every pin is some lease's."""
-    pins: Counter[int] = Counter()
+    pins: Counter[Block] = Counter()
     for lease_id, lease in leases.items():
         pins.update(lease.pinned)
-        if len(set(lease.slots)) != len(lease.slots) or set(lease.slots) - lease.private.keys() - set(lease.pinned):
+        held = lease.private.keys() | {block.slot for block in lease.pinned}
+        if len(set(lease.slots)) != len(lease.slots) or not held.issuperset(lease.slots):
             yield f"lease {lease_id!r} holds slots twice, or some that are neither private nor pinned: {lease.slots}"
         if any(lease.slots[place] != slot for slot, place in lease.private.items()):
             yield f"lease {lease_id!r} misplaces its private slots: {lease.private} in {lease.slots}"
-    if wrong := {slot: pinned for slot, pinned in enumerate(slots.pins) if pinned != pins[slot]}:
+    if wrong := {block.slot: block.pins for block in slots.index.values() if block.pins != pins[block]}:
         yield f"pins that no lease explains, by slot: {wrong}"
+    if lost := sorted(block.slot for block in pins.keys() - set(slots.index.values())):
+        yield f"leases pin blocks in slots {lost} that are not published"

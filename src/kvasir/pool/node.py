@@ -258,16 +258,15 @@ class PoolNode:
         if not slots:
             return [*removed, Reserved(())]
         keys = event.keys if len(slots) == len(event.keys) else event.keys[: len(slots)]
-        if self._retention is None and self._slots.publish_new(keys, slots, len(lease.slots)):
+        if self._retention is None and (blocks := self._slots.publish_new(keys, slots, len(lease.slots))):
             lease.slots += slots
-            lease.pinned += slots
-            stored = keys
+            lease.pinned += blocks
             if self._ssd is not None:
-                self._ssd.published(stored, now)
-            return [*removed, Reserved(slots), Stored(stored)]
+                self._ssd.published(keys, now)
+            return [*removed, Reserved(slots), Stored(keys)]
         owner.reserved.update(slots)
-        blocks = tuple([KeyedSlot(key, slot) for key, slot in zip(keys, slots, strict=True)])
-        return [*removed, Reserved(slots), *self._publish(owner, PutEnd(event.owner, event.epoch, event.lease, blocks), now)]
+        keyed = tuple([KeyedSlot(key, slot) for key, slot in zip(keys, slots, strict=True)])
+        return [*removed, Reserved(slots), *self._publish(owner, PutEnd(event.owner, event.epoch, event.lease, keyed), now)]
 
     def _take(self, count: int, now: float, tenant: str = "") -> tuple[tuple[int, ...], list[PoolAnswer]]:
         """Slots, and what to say about the blocks that were evicted for them."""
@@ -319,10 +318,10 @@ class PoolNode:
     def _fill(self, owner: Owner, lease: Lease, blocks: Sequence[KeyedSlot], now: float) -> list[BlockKey]:
         """Publish what the lease holds or the owner has reserved; the keys that were not published before."""
         slots, keys = [block.slot for block in blocks], [block.key for block in blocks]
-        if owner.reserved.issuperset(slots) and self._slots.publish_new(keys, slots, len(lease.slots)):
+        if owner.reserved.issuperset(slots) and (new := self._slots.publish_new(keys, slots, len(lease.slots))):
             owner.reserved.difference_update(slots)
             lease.slots += slots
-            lease.pinned += slots
+            lease.pinned += new
             return keys
         private, held, reserved, publish = lease.private, lease.slots, owner.reserved, self._slots.publish
         stored: list[BlockKey] = []
@@ -336,7 +335,7 @@ class PoolNode:
                 depth = private.pop(slot)
             first = publish(key, slot, depth, now)
             lease.pinned.append(first)
-            if first == slot:
+            if first.slot == slot:
                 stored.append(key)
             else:
                 private[slot] = depth
@@ -356,20 +355,20 @@ class PoolNode:
     def _lease(self, owner: Owner, event: LeaseBlocks, now: float) -> list[PoolAnswer]:
         if event.lease in self._leases:
             return self._refuse("lease_exists", f"lease {event.lease!r} is open already")
-        slots = self._slots.pin_prefix(event.keys, now)
+        blocks = self._slots.pin_prefix(event.keys, now)
         if event.is_lookup:
             self._counters.lookups += len(event.keys)
-            self._counters.hits += len(slots)
-        self._leases[event.lease] = Lease(event.owner, slots, event.tenant)
+            self._counters.hits += len(blocks)
+        lease = self._leases[event.lease] = Lease(event.owner, blocks, event.tenant)
         if event.tenant and self._retention is None:
             self._retain()
         owner.leases[event.lease] = None
         if self._ssd is None:
-            return [Leased(event.lease, tuple(slots))]
-        on_ssd = len(self._ssd.prefix(event.keys[len(slots) :]))
+            return [Leased(event.lease, tuple(lease.slots))]
+        on_ssd = len(self._ssd.prefix(event.keys[len(blocks) :]))
         if event.is_lookup:
             self._ssd.counters.ssd_hits += on_ssd
-        return [Leased(event.lease, tuple(slots), on_ssd)]
+        return [Leased(event.lease, tuple(lease.slots), on_ssd)]
 
     def _release(self, owner: Owner, event: ReleaseLease, now: float) -> list[PoolAnswer]:
         lease = self._leases.get(event.lease)
@@ -553,7 +552,7 @@ class PoolNode:
                 self._hold(owner, lease, block.slot)
                 continue
             if new := self._fill(owner, lease, (block,), now):
-                quotas.entered(block.slot, tenant)
+                quotas.entered(self._slots.index[block.key], tenant)
                 stored += new
         return stored, self._evicted(gone, "quota", now)
 

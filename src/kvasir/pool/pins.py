@@ -120,7 +120,7 @@ class Pins:
             self._expiries = sorted(e for e in self._expiries if (m := self._marks.get(e[2])) is not None and m.until_s == e[0])
         return keys[::-1]
 
-    def problems(self, published: dict[BlockKey, int]) -> Iterator[str]:
+    def problems(self, published: dict[BlockKey, Block]) -> Iterator[str]:
         """Each broken invariant, in words."""
         if stray := self._marks.keys() - published.keys():
             yield f"{len(stray)} blocks are marked to stay and are not there"

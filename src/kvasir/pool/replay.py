@@ -22,7 +22,7 @@ class CacheReplay:
         slots, _ = self.slots.take(len(keys) - hits, now)
         for depth, slot in enumerate(slots, start=hits):
             first = self.slots.publish(keys[depth], slot, depth, now)
-            if first != slot:
+            if first.slot != slot:
                 self.slots.give_back([slot])
             pinned.append(first)
         self.slots.unpin(pinned, now)

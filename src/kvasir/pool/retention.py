@@ -7,6 +7,7 @@ It stands around the node's own policy, which goes on to order what nobody said 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
 from kvasir.core.keys import BlockKey
@@ -33,51 +34,52 @@ class Retention:
         self._classes: dict[Priority, Eviction] = {Priority.LOW: Lru(), Priority.NORMAL: policy, Priority.HIGH: Lru()}
         self._kept = Lru()
         self._front = Lru()  # was picked to go, and stayed after all
-        self._place: dict[int, Eviction] = dict.fromkeys(policy, self._classes[Priority.NORMAL])
-        for slot in dram.index.values():
-            self.quotas.entered(slot, "")
-        for slot in sorted(policy, key=lambda slot: -dram.block(slot).depth):
-            self.quotas.released(slot)
+        self._place: dict[Block, Eviction] = dict.fromkeys(policy, self._classes[Priority.NORMAL])
+        for block in dram.index.values():
+            self.quotas.entered(block, "")
+        for block in sorted(policy, key=lambda block: -block.depth):
+            self.quotas.released(block)
 
     # --- the eviction order ------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         return len(self._place)
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Block]:
         return iter(self._place)
 
-    def add(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
-        for slot, block in zip(slots, blocks, strict=True):
-            place = self._place[slot] = self._place_of(block)
-            place.add([slot], [block], now)
-            self.quotas.released(slot)
+    def add(self, blocks: Sequence[Block], now: float) -> None:
+        for block in blocks:
+            place = self._place[block] = self._place_of(block)
+            place.add([block], now)
+            self.quotas.released(block)
 
-    def remove(self, slots: Sequence[int], blocks: Sequence[Block], now: float) -> None:
-        for slot, block in zip(slots, blocks, strict=True):
-            self._place.pop(slot).remove([slot], [block], now)
-            self.quotas.leased(slot)
+    def remove(self, blocks: Sequence[Block], now: float) -> None:
+        for block in blocks:
+            self._place.pop(block).remove([block], now)
+            self.quotas.leased(block)
 
-    def forget(self, slot: int, block: Block, now: float) -> None:
-        self._place.pop(slot).forget(slot, block, now)
-        self._left(slot, now)
+    def forget(self, block: Block, now: float) -> None:
+        self._place.pop(block).forget(block, now)
+        self._left(block, now)
 
-    def victims(self, count: int, now: float) -> list[int]:
-        slots: list[int] = []
-        while len(slots) < count and (slot := self._pick(now)) is not None:
-            del self._place[slot]
-            self._left(slot, now)
-            slots.append(slot)
-        return slots
+    def victims(self, count: int, now: float) -> list[Block]:
+        blocks: list[Block] = []
+        while len(blocks) < count and (block := self._pick(now)) is not None:
+            del self._place[block]
+            self._left(block, now)
+            blocks.append(block)
+        return blocks
 
     # --- what goes out of order --------------------------------------------------------------------------------
 
     def evict_own(self, tenant: str, count: int, now: float) -> list[Block]:
         """Free up to `count` slots of blocks of the tenant's own, those that go first."""
         gone: list[Block] = []
-        while len(gone) < count and (slot := self._first_own(tenant)) is not None:
-            self.forget(slot, self._dram.block(slot), now)
-            gone.append(self._dram.unpublish(slot))
+        while len(gone) < count and (block := self._first_own(tenant)) is not None:
+            self.forget(block, now)
+            self._dram.unpublish(block)
+            gone.append(block)
         return gone
 
     def trim(self, now: float) -> list[Block]:
@@ -91,15 +93,15 @@ class Retention:
     def evict_copies(self, num_free: int, copies: Collection[BlockKey], now: float) -> list[Block]:
         """Free slots up to `num_free` as long as what goes next is in `copies`, those that are elsewhere too."""
         gone: list[Block] = []
-        while len(self._dram.free) < num_free and (slot := self._pick(now)) is not None:
-            block = self._dram.block(slot)
+        while len(self._dram.free) < num_free and (block := self._pick(now)) is not None:
             if block.key not in copies:
-                self._front.add([slot], [block], now)
-                self._place[slot] = self._front
+                self._front.add([block], now)
+                self._place[block] = self._front
                 break
-            del self._place[slot]
-            self._left(slot, now)
-            gone.append(self._dram.unpublish(slot))
+            del self._place[block]
+            self._left(block, now)
+            self._dram.unpublish(block)
+            gone.append(block)
         return gone
 
     # --- what is asked -----------------------------------------------------------------------------------------
@@ -125,41 +127,40 @@ class Retention:
         yield from self.pins.problems(self._dram.index)
         yield from self.quotas.problems(self._dram.index.values(), self._place)
         places = [*self._classes.values(), self._kept, self._front]
-        if sorted(slot for place in places for slot in place) != sorted(self._place):
+        if Counter(block for place in places for block in place) != Counter(list(self._place)):
             yield "idle blocks are in more than one class, or in none"
-        for slot, place in self._place.items():
-            if (place is self._kept) != self.pins.is_pinned(self._dram.block(slot).key):
-                yield f"slot {slot} is pinned and may go, or neither"
+        for block, place in self._place.items():
+            if (place is self._kept) != self.pins.is_pinned(block.key):
+                yield f"slot {block.slot} is pinned and may go, or neither"
 
     def _place_of(self, block: Block) -> Eviction:
         return self._kept if self.pins.is_pinned(block.key) else self._classes[self.pins.priority(block)]
 
-    def _pick(self, now: float) -> int | None:
+    def _pick(self, now: float) -> Block | None:
         """Taken out of its class, but not forgotten here."""
         for place in (self._front, *self._classes.values()):
             if victims := place.victims(1, now):
                 return victims[0]
         return None
 
-    def _first_own(self, tenant: str) -> int | None:
+    def _first_own(self, tenant: str) -> Block | None:
         idle = self.quotas.idle(tenant)
         if not self.pins:
             return next(iter(idle), None)
-        may_go = (slot for slot in idle if self._place[slot] is not self._kept)
-        return min(may_go, key=lambda slot: self.pins.priority(self._dram.block(slot)), default=None)
+        may_go = (block for block in idle if self._place[block] is not self._kept)
+        return min(may_go, key=self.pins.priority, default=None)
 
-    def _left(self, slot: int, now: float) -> None:
-        key = self._dram.block(slot).key
-        self.quotas.left(slot)
+    def _left(self, block: Block, now: float) -> None:
+        self.quotas.left(block)
         if self.pins:
-            self._replace([marked for marked in self.pins.gone(key) if marked != key], now)
+            self._replace([marked for marked in self.pins.gone(block.key) if marked != block.key], now)
 
     def _prefix(self, keys: Sequence[BlockKey]) -> list[Block]:
         """The blocks of the longest prefix that is here; of what does not start at a first block, nothing."""
         blocks: list[Block] = []
         for depth, key in enumerate(keys):
-            slot = self._dram.index.get(key)
-            if slot is None or (block := self._dram.block(slot)).depth != depth:
+            block = self._dram.index.get(key)
+            if block is None or block.depth != depth:
                 break
             blocks.append(block)
         return blocks
@@ -167,13 +168,12 @@ class Retention:
     def _replace(self, keys: Sequence[BlockKey], now: float) -> None:
         """Move those that are idle to where they belong now; given deepest first."""
         for key in keys:
-            slot = self._dram.index[key]
-            place = self._place.get(slot)
+            block = self._dram.index[key]
+            place = self._place.get(block)
             if place is None:
                 continue
-            block = self._dram.block(slot)
             new = self._place_of(block)
             if new is not place:
-                place.forget(slot, block, now)
-                new.add([slot], [block], now)
-                self._place[slot] = new
+                place.forget(block, now)
+                new.add([block], now)
+                self._place[block] = new

@@ -18,32 +18,21 @@ CHUNK: Final = 512
 class SlotTable:
     """Slots that are neither free nor published are held by others: reserved, private, loading or spilling: the node's to know.
 
-    A block whose slot is in `writing` is being copied out of it: it may be evicted, but its slot is not free before `written`.
+    A block whose slot is in `writing` is being copied out of it: it may be evicted, but its slot is not free before `written`;
+    until then it is in `gone`, too.
     """
 
     def __init__(self, num_slots: int, eviction: Eviction):
         self.num_slots = num_slots
-        self.index: dict[BlockKey, int] = {}
+        self.index: dict[BlockKey, Block] = {}
         self.free = list(range(num_slots - 1, -1, -1))  # a stack: low slots first, and the warmest again
-        self.pins = [0] * num_slots
         self.writing: set[int] = set()
-        self._blocks: list[Block | None] = [None] * num_slots
+        self.gone: set[int] = set()
         self._idle = eviction
 
     @property
     def num_pinned(self) -> int:
         return len(self.index) - len(self._idle)
-
-    @property
-    def gone(self) -> frozenset[int]:
-        """Slots whose block was evicted while it is written out."""
-        return frozenset(slot for slot in self.writing if self._blocks[slot] is None)
-
-    def block(self, slot: int) -> Block:
-        """The block that is published in the slot."""
-        block = self._blocks[slot]
-        assert block is not None, "only published slots are asked for"
-        return block
 
     def take(self, count: int, now: float) -> tuple[tuple[int, ...], list[Block]]:
         """Up to `count` slots, and the blocks that had to go for it, in that order: those that nobody leases."""
@@ -61,82 +50,76 @@ class SlotTable:
     def written(self, slot: int) -> None:
         """The slot is no longer read by whoever copied it out."""
         self.writing.remove(slot)
-        if self._blocks[slot] is None:
+        if slot in self.gone:
+            self.gone.remove(slot)
             self.free.append(slot)
 
-    def publish(self, key: BlockKey, slot: int, depth: int, now: float) -> int:
-        """Publish a held slot as block `depth` of its sequence unless the key is published; pins and returns its slot."""
-        first = self.index.setdefault(key, slot)
-        if first == slot:
-            self._blocks[slot] = Block(key, depth, depth, 1)
-            self.pins[slot] = 1
-        else:
-            self._pin([first], now)
-        return first
+    def publish(self, key: BlockKey, slot: int, depth: int, now: float) -> Block:
+        """Publish a held slot as block `depth` of its sequence, or find the one that is published under the key; pins it."""
+        block = self.index.get(key)
+        if block is not None:
+            self._pin([block], now)
+            return block
+        block = self.index[key] = Block(key, slot, depth, depth, uses=1, pins=1)
+        return block
 
-    def publish_new(self, keys: Sequence[BlockKey], slots: Sequence[int], depth: int) -> bool:
+    def publish_new(self, keys: Sequence[BlockKey], slots: Sequence[int], depth: int) -> list[Block]:
         """As `publish`, of blocks from `depth` on, if none of the keys is published and none named twice; else nothing."""
-        index, blocks, pins = self.index, self._blocks, self.pins
+        index = self.index
         if not index.keys().isdisjoint(keys) or len(set(keys)) < len(keys):
-            return False
-        index.update(zip(keys, slots, strict=True))
-        for place, slot in enumerate(slots):
-            blocks[slot] = Block(keys[place], depth, depth, 1)
-            pins[slot] = 1
+            return []
+        blocks: list[Block] = []
+        for place, key in enumerate(keys):
+            block = index[key] = Block(key, slots[place], depth, depth, uses=1, pins=1)
+            blocks.append(block)
             depth += 1
-        return True
+        return blocks
 
-    def pin_prefix(self, keys: Sequence[BlockKey], now: float) -> list[int]:
-        """Pin the longest published prefix of `keys`; its slots in order."""
-        slots: list[int] = []
+    def pin_prefix(self, keys: Sequence[BlockKey], now: float) -> list[Block]:
+        """Pin the longest published prefix of `keys`; its blocks in order."""
+        blocks: list[Block] = []
         get = self.index.get
         for start in range(0, len(keys), CHUNK):
             found = list(map(get, keys[start : start + CHUNK]))
             if None in found:
-                slots += found[: found.index(None)]  # type: ignore[arg-type]  # all before the first None
+                blocks += found[: found.index(None)]  # type: ignore[arg-type]  # all before the first None
                 break
-            slots += found  # type: ignore[arg-type]
-        self._pin(slots, now)
-        return slots
+            blocks += found  # type: ignore[arg-type]
+        self._pin(blocks, now)
+        return blocks
 
-    def unpin(self, slots: Sequence[int], now: float) -> None:
+    def unpin(self, blocks: Sequence[Block], now: float) -> None:
         """Unpin the blocks of one sequence, given in order of depth; the deepest become idle first."""
-        pins, table = self.pins, self._blocks
-        deepest = len(slots) - 1
-        idle: list[int] = []
-        blocks: list[Block] = []
-        for slot in reversed(slots):
-            block = table[slot]
-            assert block is not None, "a pinned block is published"
+        deepest = len(blocks) - 1
+        idle: list[Block] = []
+        for block in reversed(blocks):
             if block.deepest < deepest:
                 block.deepest = deepest
-            pins[slot] = left = pins[slot] - 1
-            if not left:
-                idle.append(slot)
-                blocks.append(block)
+            block.pins -= 1
+            if not block.pins:
+                idle.append(block)
         if idle:
-            self._idle.add(idle, blocks, now)
+            self._idle.add(idle, now)
 
     def forget(self, keys: Iterable[BlockKey], now: float) -> list[BlockKey]:
         """Free the slots of those of `keys` that are published and not pinned; which they were."""
         gone = []
         for key in keys:
-            slot = self.index.get(key)
-            if slot is None or self.pins[slot]:
+            block = self.index.get(key)
+            if block is None or block.pins:
                 continue
-            self._idle.forget(slot, self.block(slot), now)
-            self.unpublish(slot)
+            self._idle.forget(block, now)
+            self.unpublish(block)
             gone.append(key)
         return gone
 
-    def unpublish(self, slot: int) -> Block:
+    def unpublish(self, block: Block) -> None:
         """Free the slot of a block that nobody leases and that has left the eviction order."""
-        block = self.block(slot)
         del self.index[block.key]
-        self._blocks[slot] = None
-        if slot not in self.writing:
-            self.free.append(slot)
-        return block
+        if block.slot in self.writing:
+            self.gone.add(block.slot)
+        else:
+            self.free.append(block.slot)
 
     def reorder(self, order: Callable[[SlotTable, Eviction], T]) -> T:
         """Put another order around the present one."""
@@ -145,45 +128,35 @@ class SlotTable:
 
     def is_pinned(self, key: BlockKey) -> bool:
         """Whether the block is published and leased."""
-        slot = self.index.get(key)
-        return slot is not None and self.pins[slot] > 0
+        block = self.index.get(key)
+        return block is not None and block.pins > 0
 
     def problems(self) -> Iterator[str]:
         """Each broken invariant, in words."""
-        published = {slot: block.key for slot, block in enumerate(self._blocks) if block is not None}
-        if published != {slot: key for key, slot in self.index.items()}:
-            yield f"index and keys disagree: {len(self.index)} keys for {len(published)} published slots"
-        pinned = {slot for slot, pins in enumerate(self.pins) if pins}
-        if stray := pinned - published.keys():
-            yield f"pinned but not published: slots {sorted(stray)}"
+        if any(block.key != key for key, block in self.index.items()):
+            yield "the index has blocks under keys that are not theirs"
+        if not self.gone <= self.writing:
+            yield f"slots {sorted(self.gone - self.writing)} are kept for writes that nobody makes"
         idle = list(self._idle)
-        if len(idle) != len(self._idle) or sorted(idle) != sorted(published.keys() - pinned):
-            yield f"eviction order holds {sorted(idle)}, published and not pinned are {sorted(published.keys() - pinned)}"
+        unpinned = [block for block in self.index.values() if not block.pins]
+        if len(idle) != len(self._idle) or len(idle) != len(unpinned) or set(idle) != set(unpinned):
+            slots = sorted(block.slot for block in idle), sorted(block.slot for block in unpinned)
+            yield f"eviction order holds {slots[0]}, published and not pinned are {slots[1]}"
 
-    def _pin(self, slots: Sequence[int], now: float) -> None:
-        pins, table = self.pins, self._blocks
-        idle: list[int] = []
-        blocks: list[Block] = []
-        for slot in slots:
-            block = table[slot]
-            assert block is not None, "only published blocks are pinned"
+    def _pin(self, blocks: Sequence[Block], now: float) -> None:
+        idle: list[Block] = []
+        for block in blocks:
             block.uses += 1
-            if not pins[slot]:
-                idle.append(slot)
-                blocks.append(block)
-            pins[slot] += 1
+            if not block.pins:
+                idle.append(block)
+            block.pins += 1
         if idle:
-            self._idle.remove(idle, blocks, now)
+            self._idle.remove(idle, now)
 
     def _evict(self, count: int, now: float) -> list[Block]:
         evicted: list[Block] = []
-        blocks, index, free, writing = self._blocks, self.index, self.free, self.writing
-        while (missing := count - len(free)) > 0 and (victims := self._idle.victims(missing, now)):
-            for slot in victims:
-                block = blocks[slot]
-                assert block is not None, "only published blocks are in the eviction order"
-                del index[block.key]
-                blocks[slot] = None
-                evicted.append(block)
-            free += [slot for slot in victims if slot not in writing] if writing else victims
+        while (missing := count - len(self.free)) > 0 and (victims := self._idle.victims(missing, now)):
+            for block in victims:
+                self.unpublish(block)
+            evicted += victims
         return evicted

@@ -68,7 +68,6 @@ class SsdTier:
         self.counters = SsdCounters()
         self._writing: dict[BlockKey, int] = {}
         self._blocks: list[Block | None] = [None] * num_slots
-        self._pins = [0] * num_slots
         self._idle = eviction
         self._dram = dram
         self._max_spilling = max_spilling
@@ -81,8 +80,8 @@ class SsdTier:
             ssd_slot = self._place(key)
             if ssd_slot is None:
                 self.waiting[key] = None
-            elif not self._pins[ssd_slot]:
-                self._idle.remove([ssd_slot], [self._block(ssd_slot)], now)
+            elif not (block := self._block(ssd_slot)).pins:
+                self._idle.remove([block], now)
 
     def evicted(self, blocks: Iterable[Block], now: float) -> None:
         """DRAM let go of these, in this order."""
@@ -95,8 +94,8 @@ class SsdTier:
             ours = self._block(ssd_slot)
             ours.uses += block.uses
             ours.deepest = max(ours.deepest, block.deepest)
-            if not self._pins[ssd_slot]:
-                self._idle.add([ssd_slot], [ours], now)
+            if not ours.pins:
+                self._idle.add([ours], now)
 
     # --- writing -----------------------------------------------------------------------------------------------
 
@@ -125,7 +124,7 @@ class SsdTier:
         del self._writing[block.key]
         if not ok:
             if block.key not in self._dram.index:
-                self._idle.forget(ssd_slot, block, now)
+                self._idle.forget(block, now)
             self._free(ssd_slot)
             return None
         self.counters.spilled += 1
@@ -148,9 +147,9 @@ class SsdTier:
         """These will be read."""
         for ssd_slot in ssd_slots:
             block = self._block(ssd_slot)
-            if not self._pins[ssd_slot] and block.key not in self._dram.index:
-                self._idle.remove([ssd_slot], [block], now)
-            self._pins[ssd_slot] += 1
+            if not block.pins and block.key not in self._dram.index:
+                self._idle.remove([block], now)
+            block.pins += 1
             block.uses += 1
 
     def unpin(self, ssd_slots: Sequence[int], failed: Collection[int], now: float) -> tuple[BlockKey, ...]:
@@ -160,14 +159,14 @@ class SsdTier:
         """
         gone = [self._drop(ssd_slot) for ssd_slot in ssd_slots if ssd_slot in failed]
         for ssd_slot in reversed(ssd_slots):
-            self._pins[ssd_slot] -= 1
-            if self._pins[ssd_slot]:
-                continue
             block = self._block(ssd_slot)
+            block.pins -= 1
+            if block.pins:
+                continue
             if self.index.get(block.key) != ssd_slot:
                 self._free(ssd_slot)
             elif block.key not in self._dram.index:
-                self._idle.add([ssd_slot], [block], now)
+                self._idle.add([block], now)
         return tuple(key for key in gone if key is not None)
 
     # --- forgetting --------------------------------------------------------------------------------------------
@@ -178,10 +177,10 @@ class SsdTier:
         for key in keys:
             self.waiting.pop(key, None)
             ssd_slot = self._place(key)
-            if ssd_slot is None or self._pins[ssd_slot]:
+            if ssd_slot is None or (block := self._block(ssd_slot)).pins:
                 continue
             if key not in self._dram.index:
-                self._idle.forget(ssd_slot, self._block(ssd_slot), now)
+                self._idle.forget(block, now)
             if (write := self.writes.get(ssd_slot)) is not None:
                 write.given_up = True
                 del self._writing[key]
@@ -214,12 +213,12 @@ class SsdTier:
         taken = {block.ssd_slot for block in blocks}
         self.free = [ssd_slot for ssd_slot in self.free if ssd_slot not in taken]
         for found in blocks:
-            block = self._blocks[found.ssd_slot] = Block(found.key, found.depth, found.depth, 1)
+            block = self._blocks[found.ssd_slot] = Block(found.key, found.ssd_slot, found.depth, found.depth, uses=1)
             self.index[found.key] = found.ssd_slot
             if found.key in self._dram.index:
                 self.waiting.pop(found.key, None)
             else:
-                self._idle.add([found.ssd_slot], [block], now)
+                self._idle.add([block], now)
         return tuple(block.key for block in blocks)
 
     # --- checking ----------------------------------------------------------------------------------------------
@@ -227,7 +226,8 @@ class SsdTier:
     def problems(self, reads: Iterable[Sequence[int]]) -> Iterator[str]:
         """Each broken invariant, in words; `reads` are the ssd slots of each load."""
         pins = Counter(ssd_slot for read in reads for ssd_slot in read)
-        if wrong := {s: count for s, count in enumerate(self._pins) if count != pins[s]}:
+        reading = {s: block.pins for s, block in enumerate(self._blocks) if block is not None and block.pins}
+        if wrong := {s: count for s, count in reading.items() if count != pins[s]} or pins.keys() - reading.keys():
             yield f"pins on the SSD that no load explains, by ssd slot: {wrong}"
         held = {s: block.key for s, block in enumerate(self._blocks) if block is not None}
         if sorted([*self.free, *held]) != list(range(self.num_slots)):
@@ -245,8 +245,9 @@ class SsdTier:
         if not self.waiting.keys() <= self._dram.index.keys() - places.keys():
             yield "what waits to be written is not in DRAM, or on the SSD already"
         idle = sorted(s for key, s in places.items() if key not in self._dram.index and not pins[s])
-        if sorted(self._idle) != idle or len(self._idle) != len(idle):
-            yield f"the SSD's eviction order holds {sorted(self._idle)}, not in DRAM and not read are {idle}"
+        order = sorted(block.slot for block in self._idle)
+        if order != idle or len(self._idle) != len(idle):
+            yield f"the SSD's eviction order holds {order}, not in DRAM and not read are {idle}"
 
     # --- one block ---------------------------------------------------------------------------------------------
 
@@ -261,13 +262,12 @@ class SsdTier:
         return block
 
     def _start(self, key: BlockKey, ssd_slot: int) -> Spill:
-        slot = self._dram.index[key]
-        source = self._dram.block(slot)
-        self._dram.writing.add(slot)
-        self._blocks[ssd_slot] = Block(key, source.depth, source.deepest)
-        self.writes[ssd_slot] = Write(slot)
+        source = self._dram.index[key]
+        self._dram.writing.add(source.slot)
+        self._blocks[ssd_slot] = Block(key, ssd_slot, source.depth, source.deepest)
+        self.writes[ssd_slot] = Write(source.slot)
         self._writing[key] = ssd_slot
-        return Spill(key, slot, ssd_slot, source.depth)
+        return Spill(key, source.slot, ssd_slot, source.depth)
 
     def _make_room(self, evicted: list[BlockKey], now: float) -> bool:
         """Whether there is a free ssd slot now; appends what could be read and was evicted for it."""
@@ -275,8 +275,7 @@ class SsdTier:
             victims = self._idle.victims(1, now)
             if not victims:
                 return False
-            ssd_slot = victims[0]
-            key = self._block(ssd_slot).key
+            key, ssd_slot = victims[0].key, victims[0].slot
             if (write := self.writes.get(ssd_slot)) is not None:
                 write.given_up = True
                 del self._writing[key]
