@@ -1,6 +1,7 @@
 """A quick cost model says what the one behind it says, to the last bit: parity and recorded logs depend on it."""
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +37,28 @@ def test_answers_are_the_same(name: str, some: int, others: int, num_bytes: int)
     assert fast.decode_steps_s(*columns).tolist() == costs.decode_steps_s(*columns).tolist()
 
 
-def test_what_is_neither_is_left_as_it_is() -> None:
+def test_what_is_quick_already_is_left_as_it_is() -> None:
     fast = quick(FITTED)
     assert quick(fast) is fast
+
+
+class Constant:
+    """A cost model that this package does not know."""
+
+    def prefill_s(self, new_tokens: int, cached_tokens: int) -> float:
+        return 1.5
+
+    def decode_step_s(self, batch: int, context_tokens: int) -> float:
+        return 0.25
+
+    def decode_steps_s(self, batch: npt.NDArray[np.int64], context_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        return np.full(len(batch), 0.25)
+
+    def transfer_s(self, num_bytes: int) -> float:
+        return 0.125
+
+
+def test_any_cost_model_can_be_asked_so() -> None:
+    fast = quick(Constant())
+    assert (fast.prefill_s(9, 1), fast.decode_step_s(2, 8), fast.transfer_s(4)) == (1.5, 0.25, 0.125)
+    assert fast.decode_steps_s(np.array([1, 2]), np.array([8, 8])).tolist() == [0.25, 0.25]

@@ -8,6 +8,7 @@ from kvasir.core.commands import Candidate
 from kvasir.core.events import InstanceInfo
 from kvasir.core.request import Role
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
+from kvasir.costs.quick import quick
 from kvasir.pool.directory import BlockDirectory
 from kvasir.scheduling.decode_choice import DecodeChoice, least_expected_tbt
 from kvasir.scheduling.few import FewView, least_expected_tbt_of_few
@@ -44,7 +45,7 @@ def both(fleet: Fleet, prefill: Candidate) -> tuple[DecodeChoice, DecodeChoice]:
         rank=0.0,
         due_s=30.0,
         tbt_s=0.1,
-        costs=COSTS,
+        costs=quick(COSTS),
         kv_bytes_per_token=100,
         block_tokens=64,
         chunk_tokens=None,

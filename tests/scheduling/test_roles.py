@@ -197,8 +197,8 @@ def test_an_answer_stays_as_long_as_steps_take_where_it_is() -> None:
     assert cluster.stays_s(cluster["i1"]) == pytest.approx(1.13, abs=0.01)  # steps of 11 ms, for 1.3 decode at a time
     prefill_everywhere(cluster)
     assert cluster.stays_s(cluster["i1"]) == pytest.approx(6.0)  # steps of 60 ms
-    assert cluster.expected(cluster["i1"]).batch == 4  # as long as it waits for its first token
-    assert cluster.expected(cluster["i0"]).batch == 1
+    assert cluster.expected(cluster["i1"], cluster.stays_s(cluster["i1"])).batch == 4  # as long as it waits for its first token
+    assert cluster.expected(cluster["i0"], cluster.stays_s(cluster["i0"])).batch == 1
     assert cluster.decode_columns(frozenset()).stays_s.tolist() == [cluster.stays_s(i) for i in cluster.instances]
 
 
@@ -220,7 +220,7 @@ def test_requests_still_in_prefill_count_with_the_share_of_time_that_they_will_d
     for index in range(10):
         cluster.sit("i0", f"r{index}", seat(), 0.0)  # 10 would be more than 8 seats hold
     cluster.answer_tokens, cluster.ttft_s = 100.0, 1.5  # as long as 100 steps of 15 ms, in which 5 decode
-    assert cluster.expected(cluster["i0"]).batch == 5
+    assert cluster.expected(cluster["i0"], cluster.stays_s(cluster["i0"])).batch == 5
     assert elastic().review(cluster, 0.0) == []
     cluster.ttft_s = 0.1
     assert elastic().review(cluster, 0.0) != []

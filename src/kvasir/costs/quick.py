@@ -13,20 +13,42 @@ from kvasir.costs.model import CostModel
 from kvasir.costs.roofline import RooflineCost
 
 
-def quick(costs: CostModel) -> CostModel:
+def quick(costs: CostModel) -> QuickCosts:
     """What answers as `costs` does; itself where there is nothing to work out."""
+    if isinstance(costs, QuickCosts):
+        return costs
     if isinstance(costs, RooflineCost):
         return QuickRoofline(costs)
-    return QuickFitted(costs) if isinstance(costs, FittedCost) else costs
+    return QuickFitted(costs) if isinstance(costs, FittedCost) else QuickCosts(costs)
 
 
-class QuickRoofline:
+class QuickCosts:
+    """Any cost model, as one class that is known when machine code is built: then a question costs less than its answer."""
+
+    __slots__ = ("_costs",)
+
+    def __init__(self, costs: CostModel):
+        self._costs = costs
+
+    def prefill_s(self, new_tokens: int, cached_tokens: int) -> float:
+        return self._costs.prefill_s(new_tokens, cached_tokens)
+
+    def decode_step_s(self, batch: int, context_tokens: int) -> float:
+        return self._costs.decode_step_s(batch, context_tokens)
+
+    def decode_steps_s(self, batch: npt.NDArray[np.int64], context_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        return self._costs.decode_steps_s(batch, context_tokens)
+
+    def transfer_s(self, num_bytes: int) -> float:
+        return self._costs.transfer_s(num_bytes)
+
+
+class QuickRoofline(QuickCosts):
     """See RooflineCost for the formulas."""
 
     __slots__ = (
         "_attention_flops",
         "_bandwidth",
-        "_costs",
         "_flops",
         "_kv_bytes",
         "_latency_s",
@@ -39,8 +61,8 @@ class QuickRoofline:
     )
 
     def __init__(self, costs: RooflineCost):
+        super().__init__(costs)
         hardware, shape = costs.hardware, costs.shape
-        self._costs = costs
         self._one_bound_each: bool = costs.one_bound_each
         self._flops: float = hardware.effective_flops
         self._bandwidth: float = hardware.effective_memory_bandwidth
@@ -74,20 +96,16 @@ class QuickRoofline:
                 seconds = flops_s
         return self._step_overhead_s + seconds
 
-    def decode_steps_s(self, batch: npt.NDArray[np.int64], context_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        return self._costs.decode_steps_s(batch, context_tokens)
-
     def transfer_s(self, num_bytes: int) -> float:
         return self._latency_s + num_bytes / self._network_bandwidth if num_bytes > 0 else 0.0
 
 
-class QuickFitted:
+class QuickFitted(QuickCosts):
     """See FittedCost."""
 
     __slots__ = (
         "_bandwidth",
         "_base_s",
-        "_costs",
         "_latency_s",
         "_per_context_s",
         "_per_pair_s",
@@ -98,8 +116,8 @@ class QuickFitted:
     )
 
     def __init__(self, costs: FittedCost):
+        super().__init__(costs)
         prefill, decode = costs.prefill, costs.decode
-        self._costs = costs
         self._base_s: float = prefill.base_s
         self._per_token_s: float = prefill.per_token_s
         self._per_pair_s: float = prefill.per_pair_s
@@ -120,9 +138,6 @@ class QuickFitted:
         if batch <= 0:
             return 0.0
         return self._step_base_s + self._per_sequence_s * batch + self._per_context_s * context_tokens
-
-    def decode_steps_s(self, batch: npt.NDArray[np.int64], context_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        return self._costs.decode_steps_s(batch, context_tokens)
 
     def transfer_s(self, num_bytes: int) -> float:
         return self._latency_s + num_bytes / self._bandwidth if num_bytes > 0 else 0.0

@@ -152,15 +152,20 @@ class BlockDirectory:
 
     def _remove(self, keys: Iterable[BlockKey], gone: Holders) -> None:
         holders = self._holders
-        left: dict[Holders, Holders] = {}
+        left: dict[Holders, Holders | None] = {}
+        last: Holders | None = None
+        new: Holders | None = None
         for key in keys:
             old = holders.get(key)
             if old is None:
                 continue
-            new = left.get(old)
+            if old is not last:  # mostly it is: they were stored together
+                last = old
+                if old not in left:
+                    rest = (old[0] & ~gone[0], old[1] & ~gone[1])
+                    left[old] = None if rest == NOBODY else rest
+                new = left[old]
             if new is None:
-                new = left[old] = (old[0] & ~gone[0], old[1] & ~gone[1])
-            if new == NOBODY:
                 del holders[key]
             else:
                 holders[key] = new

@@ -21,6 +21,7 @@ from kvasir.core.commands import (
 from kvasir.core.errors import InvariantError
 from kvasir.core.events import Cancelled, Event, Extended, InstanceLoad, PagesGranted, StepDone, Submitted, Tick
 from kvasir.costs.model import CostModel
+from kvasir.costs.quick import quick
 from kvasir.scheduling.batcher_check import check_decodes, check_pages, check_queues, check_step
 from kvasir.scheduling.chunking import BatcherConfig
 from kvasir.scheduling.decode_set import DecodeSet
@@ -53,7 +54,7 @@ class Batcher:
         self._decodes = DecodeSet(config.block_tokens, config.ahead_tokens)
         self._queues = Queues(self._decodes)
         self._stash: list[int] = []
-        self._former = StepFormer(config, costs, self._queues, self._stash)
+        self._former = StepFormer(config, quick(costs) if costs is not None else None, self._queues, self._stash)
         self._step: Step | None = None  # in flight: all of `_decodes`, and
         self._prompts: list[Sequence] = []
         self._leaving: list[Sequence] = []  # decodes in flight that were cancelled

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvasir.core.errors import ConfigError
-from kvasir.costs.model import CostModel
+from kvasir.costs.quick import QuickCosts
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class ChunkBudget:
 
     __slots__ = ("_costs", "_floor", "_share", "_spare_s", "_unpacked", "tokens")
 
-    def __init__(self, config: BatcherConfig, costs: CostModel | None, *, batch: int, context_tokens: int, share: float = 1.0):
+    def __init__(self, config: BatcherConfig, costs: QuickCosts | None, *, batch: int, context_tokens: int, share: float = 1.0):
         """`batch` sequences with `context_tokens` in all decode in the same step.
 
         Below 1, `share` is that of a pipeline whose next chunk is on its way here: others' chunks are as much shorter, so

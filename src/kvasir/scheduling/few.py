@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 
 from kvasir.core.commands import Candidate
-from kvasir.costs.model import CostModel
+from kvasir.costs.quick import QuickCosts
 from kvasir.pool.match import PrefixMatch
 from kvasir.scheduling.decode_choice import FULL, DecodeChoice, DecodeRule, least_expected_tbt, least_tbt, stay
 from kvasir.scheduling.fleet import Fleet, Instance
@@ -56,7 +56,7 @@ class FewView:
         rank: float,
         due_s: float,
         tbt_s: float,
-        costs: CostModel,
+        costs: QuickCosts,
         kv_bytes_per_token: int,
         block_tokens: int,
         chunk_tokens: int | None,

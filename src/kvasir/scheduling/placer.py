@@ -14,6 +14,7 @@ from kvasir.core.commands import Candidate, Decision
 from kvasir.core.errors import ConfigError
 from kvasir.core.request import Request, Slo
 from kvasir.costs.model import CostModel
+from kvasir.costs.quick import quick
 from kvasir.pool.directory import BlockDirectory
 from kvasir.pool.match import PrefixMatch
 from kvasir.report.slo import ScaledSlo
@@ -137,7 +138,7 @@ class Placer:
         directory: BlockDirectory,
     ):
         self._config = config
-        self._costs = costs
+        self._costs = quick(costs)
         self._rules = rules
         self._slo = slo
         rule_of_few = RULES_OF_FEW.get(rules.decode)

@@ -76,7 +76,10 @@ class Queues:
         if seq.home is home:
             return
         self._take_out(seq)
-        insort(home, seq, key=rank_of)
+        if not home or home[-1].rank < seq.rank:  # mostly
+            home.append(seq)
+        else:
+            insort(home, seq, key=rank_of)
         seq.home = home
 
     def begin(self, seq: Sequence) -> None:
@@ -111,5 +114,5 @@ class Queues:
     def _take_out(self, seq: Sequence) -> None:
         if seq.ticket:
             self.decodes.remove(seq)
-        elif seq.home is not None:
-            del seq.home[bisect_left(seq.home, seq.rank, key=rank_of)]
+        elif (home := seq.home) is not None:
+            del home[0 if home[0] is seq else bisect_left(home, seq.rank, key=rank_of)]

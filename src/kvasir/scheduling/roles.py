@@ -10,6 +10,7 @@ from typing import Protocol
 from kvasir.core.commands import SetRole
 from kvasir.core.request import Role
 from kvasir.costs.model import CostModel
+from kvasir.costs.quick import quick
 from kvasir.scheduling.decode_choice import FULL
 from kvasir.scheduling.fleet import LEAST_PACE, Fleet, Instance
 
@@ -59,9 +60,9 @@ class Elastic:
 
     def __init__(self, costs: CostModel, tbt_s: float, step_s: float, transfer_s: Callable[[int], float]):
         """`transfer_s` predicts the seconds that the KV of so many tokens takes from node to node."""
-        self._costs = costs
-        self._fixed_s = costs.decode_step_s(1, 0)
-        self._chunk_s = costs.prefill_s(1, 0)
+        self._costs = quick(costs)
+        self._fixed_s = self._costs.decode_step_s(1, 0)
+        self._chunk_s = self._costs.prefill_s(1, 0)
         self._step_s = step_s
         self._longest_s = max(step_s, FULL * tbt_s)
         self._transfer_s = transfer_s
@@ -166,12 +167,13 @@ class Elastic:
         for instance in fleet.instances:
             if not instance.seats:
                 continue
-            info, expected = instance.info, fleet.expected(instance)
+            info, stays_s = instance.info, fleet.stays_s(instance)
+            expected = fleet.expected(instance, stays_s)
             decode_s = self._costs.decode_step_s(max(1, expected.batch), expected.context_tokens)
             step_s = max(decode_s, self._step_s) if len(instance.book) else decode_s
             held += max(expected.kv_tokens / max(1, info.kv_tokens), expected.batch / info.max_batch) / step_s
             steps += (decode_s - self._fixed_s) / step_s
-            network += self._transfer_s(expected.context_tokens) / fleet.stays_s(instance) / CALM  # came within a stay
+            network += self._transfer_s(expected.context_tokens) / stays_s / CALM  # came within a stay
         return Demand(held, steps, network)
 
 

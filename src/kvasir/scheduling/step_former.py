@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from kvasir.core.commands import Chunk
-from kvasir.costs.model import CostModel
+from kvasir.costs.quick import QuickCosts
 from kvasir.scheduling.chunking import BatcherConfig, ChunkBudget
 from kvasir.scheduling.queues import Queues
 from kvasir.scheduling.sequence import Sequence, rank_of
@@ -19,7 +19,7 @@ class StepFormer:
 
     __slots__ = ("_config", "_costs", "_queues", "_stash", "puts_off")
 
-    def __init__(self, config: BatcherConfig, costs: CostModel | None, queues: Queues, stash: list[int]):
+    def __init__(self, config: BatcherConfig, costs: QuickCosts | None, queues: Queues, stash: list[int]):
         self._config = config
         self._costs = costs
         self._queues = queues

@@ -84,7 +84,7 @@ class Strategy:
             pack_tokens=PACK_TOKENS,
             max_step_s=self._mixed_step_s(slo),
         )
-        return Batcher(config, quick(costs))
+        return Batcher(config, costs)
 
     def _mixed_step_s(self, slo: Slo | ScaledSlo) -> float | None:
         return None if self.step_share is None else self.step_share * slo.tbt_s

@@ -10,6 +10,7 @@ Every decoding sequence is in every step of its instance, except while pages are
 from __future__ import annotations
 
 from array import array
+from operator import itemgetter
 from typing import Final
 
 TAIL_PER_CENT: Final = 10
@@ -17,6 +18,8 @@ TAIL_PER_CENT: Final = 10
 
 Runs = list[tuple[float, int]]
 """Seconds, and how many gaps of that length there were."""
+
+_SECONDS = itemgetter(0)
 
 
 class GapLog:
@@ -69,7 +72,7 @@ def tbt_s(gaps: Runs) -> float | None:
         return None
     num_longest = left = -(-num_gaps * TAIL_PER_CENT // 100)
     total_s = 0.0
-    for seconds, count in sorted(gaps, reverse=True):
+    for seconds, count in sorted(gaps, key=_SECONDS, reverse=True):
         if count >= left:
             return (total_s + left * seconds) / num_longest
         total_s += count * seconds

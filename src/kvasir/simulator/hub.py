@@ -22,7 +22,7 @@ from kvasir.core.events import (
 )
 from kvasir.core.keys import BlockKey
 from kvasir.core.request import FinishReason, Request
-from kvasir.costs.model import CostModel
+from kvasir.costs.quick import QuickCosts
 from kvasir.report.timeline import Status
 from kvasir.scheduling.conductor import Conductor
 from kvasir.simulator.agenda import Agenda
@@ -43,7 +43,7 @@ class SimHub:
         *,
         agenda: Agenda,
         network: Network,
-        costs: CostModel,
+        costs: QuickCosts,
         block_tokens: int,
         token_bytes: int,
         num_layers: int,

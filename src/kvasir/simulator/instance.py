@@ -25,7 +25,7 @@ from kvasir.core.events import (
     Tick,
 )
 from kvasir.core.request import Role
-from kvasir.costs.model import CostModel
+from kvasir.costs.quick import QuickCosts
 from kvasir.scheduling.batcher import Batcher
 from kvasir.simulator.agenda import Agenda
 from kvasir.simulator.cores import Cores
@@ -70,7 +70,7 @@ class SimInstance:
         memory: Memory,
         *,
         agenda: Agenda,
-        costs: CostModel,
+        costs: QuickCosts,
         listener: Listener,
         block_tokens: int,
         max_gap_s: float,

@@ -48,6 +48,9 @@ class HotBlocks:
         """The most hit first; ties by key."""
         hits = self._hits
         candidates = self._since.union(self._top)
-        self._top = sorted(candidates, key=lambda key: (-hits[key], key))[: self._count]
+        in_order = sorted(map(hits.__getitem__, candidates), reverse=True)
+        least = in_order[: self._count][-1] if in_order else 0
+        among = [key for key in candidates if hits[key] >= least]
+        self._top = sorted(among, key=lambda key: (-hits[key], key))[: self._count]
         self._since.clear()
         return self._top
