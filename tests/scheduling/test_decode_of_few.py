@@ -15,7 +15,7 @@ from kvasir.scheduling.few import FewView, least_expected_tbt_of_few
 from kvasir.scheduling.fleet import Fleet, Seat
 from kvasir.scheduling.view import ClusterView
 
-COSTS = FittedCost(PrefillFit(0.0, 1e-3, 0, 0), DecodeFit(0.010, 1e-3, 1e-6), 0.0, 1e6)
+COSTS = quick(FittedCost(PrefillFit(0.0, 1e-3, 0, 0), DecodeFit(0.010, 1e-3, 1e-6), 0.0, 1e6))
 STAYS_S = 10.0
 
 
@@ -45,7 +45,7 @@ def both(fleet: Fleet, prefill: Candidate) -> tuple[DecodeChoice, DecodeChoice]:
         rank=0.0,
         due_s=30.0,
         tbt_s=0.1,
-        costs=quick(COSTS),
+        costs=COSTS,
         kv_bytes_per_token=100,
         block_tokens=64,
         chunk_tokens=None,

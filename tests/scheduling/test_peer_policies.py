@@ -7,6 +7,7 @@ import pytest
 
 from kvasir.core.request import Slo
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
+from kvasir.costs.quick import quick
 from kvasir.scheduling.chunking import BatcherConfig
 from kvasir.scheduling.decode_choice import DECODE_RULES
 from kvasir.scheduling.placer import ConductorConfig
@@ -16,7 +17,7 @@ from kvasir.scheduling.strategy import STRATEGIES
 from kvasir.scheduling.view import ClusterView, PrefillColumns
 from tests.scheduling.views import decode_columns
 
-COSTS = FittedCost(PrefillFit(0.0, 1e-3, 0, 0), DecodeFit(0.010, 1e-3, 1e-6), 0.0, 1e6)  # 1 ms a token; 1 MB/s
+COSTS = quick(FittedCost(PrefillFit(0.0, 1e-3, 0, 0), DecodeFit(0.010, 1e-3, 1e-6), 0.0, 1e6))  # 1 ms a token; 1 MB/s
 
 PEERS = ("memserve", "dynamo", "llm-d", "sglang", "aibrix", "aibrix-conductor", "ray", "production-stack")
 

@@ -9,12 +9,13 @@ from msgspec import structs
 
 from kvasir.core.commands import Candidate
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
+from kvasir.costs.quick import quick
 from kvasir.scheduling.decode_choice import DECODE_RULES, DecodeChoice, least_tbt
 from kvasir.scheduling.policies import POLICIES, LeastLoaded, Local, Mooncake, Placement, RandomChoice, RoundRobin
 from kvasir.scheduling.view import ClusterView, DecodeColumns, PrefillColumns
 from tests.scheduling.views import decode_columns
 
-COSTS = FittedCost(PrefillFit(0.0, 1e-3, 0, 0), DecodeFit(0.010, 1e-3, 1e-6), 0.0, 1e6)  # 1 ms a token; 1 MB/s
+COSTS = quick(FittedCost(PrefillFit(0.0, 1e-3, 0, 0), DecodeFit(0.010, 1e-3, 1e-6), 0.0, 1e6))  # 1 ms a token; 1 MB/s
 
 
 def view(

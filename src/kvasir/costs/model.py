@@ -9,9 +9,6 @@ import numpy.typing as npt
 
 Seconds = npt.NDArray[np.float64]
 
-FULL_STEP = 512
-"""A prefill of so many tokens uses an accelerator fully: its time grows with its tokens, and is not that of reading weights."""
-
 
 class CostModel(Protocol):
     """Predicted seconds on one instance, otherwise idle. Every answer grows with every argument and is never negative."""
@@ -31,9 +28,3 @@ class CostModel(Protocol):
     def transfer_s(self, num_bytes: int) -> float:
         """Moving `num_bytes` of KV from one node to another."""
         ...
-
-
-def split_s(costs: CostModel) -> float:
-    """What computing a prompt takes longer for each further step that it is split into, if these are not tiny."""
-    halves_s = costs.prefill_s(FULL_STEP, 0) + costs.prefill_s(FULL_STEP, FULL_STEP)
-    return min(max(0.0, halves_s - costs.prefill_s(2 * FULL_STEP, 0)), costs.prefill_s(1, 0))

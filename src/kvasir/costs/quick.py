@@ -5,12 +5,17 @@ A scheduler asks some thirty times a request. `RooflineCost` and `FittedCost` ar
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import numpy.typing as npt
 
 from kvasir.costs.fitted import FittedCost
 from kvasir.costs.model import CostModel
 from kvasir.costs.roofline import RooflineCost
+
+FULL_STEP: Final = 512
+"""A prefill of so many tokens uses an accelerator fully: its time grows with its tokens, and is not that of reading weights."""
 
 
 def quick(costs: CostModel) -> QuickCosts:
@@ -41,6 +46,19 @@ class QuickCosts:
 
     def transfer_s(self, num_bytes: int) -> float:
         return self._costs.transfer_s(num_bytes)
+
+    def prompt_s(self, num_prompt_tokens: int, cached_tokens: int, chunk_tokens: int | None) -> float:
+        """Computing the rest of a prompt alone, in steps of `chunk_tokens`."""
+        new_tokens = num_prompt_tokens - cached_tokens
+        seconds = self.prefill_s(new_tokens, cached_tokens)
+        if chunk_tokens is not None and new_tokens > chunk_tokens:
+            seconds += (-(-new_tokens // chunk_tokens) - 1) * self.split_s()
+        return seconds
+
+    def split_s(self) -> float:
+        """What computing a prompt takes longer for each further step that it is split into, if these are not tiny."""
+        halves_s = self.prefill_s(FULL_STEP, 0) + self.prefill_s(FULL_STEP, FULL_STEP)
+        return min(max(0.0, halves_s - self.prefill_s(2 * FULL_STEP, 0)), self.prefill_s(1, 0))
 
 
 class QuickRoofline(QuickCosts):

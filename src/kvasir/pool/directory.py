@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby, repeat
 from typing import Final
 
@@ -150,25 +150,19 @@ class BlockDirectory:
         joined = {old: (old[0] | added[0], old[1] | added[1]) if old else added for old in set(held)}
         holders.update(zip(keys, map(joined.__getitem__, held), strict=True))
 
-    def _remove(self, keys: Iterable[BlockKey], gone: Holders) -> None:
+    def _remove(self, keys: Sequence[BlockKey], gone: Holders) -> None:
         holders = self._holders
-        left: dict[Holders, Holders | None] = {}
-        last: Holders | None = None
-        new: Holders | None = None
-        for key in keys:
-            old = holders.get(key)
-            if old is None:
-                continue
-            if old is not last:  # mostly it is: they were stored together
-                last = old
-                if old not in left:
-                    rest = (old[0] & ~gone[0], old[1] & ~gone[1])
-                    left[old] = None if rest == NOBODY else rest
-                new = left[old]
-            if new is None:
-                del holders[key]
-            else:
-                holders[key] = new
+        start = 0
+        for old, same in groupby(list(map(holders.get, keys))):  # what was stored together mostly goes together
+            end = start + len(list(same))
+            if old is not None:
+                left = (old[0] & ~gone[0], old[1] & ~gone[1])
+                if left == NOBODY:
+                    for key in keys[start:end]:
+                        holders.pop(key, None)
+                else:
+                    holders.update(zip(keys[start:end], repeat(left), strict=False))
+            start = end
 
     def _bit(self, node: str) -> int:
         bit = self._bits.get(node)

@@ -88,13 +88,19 @@ class Batcher:
     def load(self) -> InstanceLoad:
         """The queues as of the last StepDone. `free_kv_tokens` is only the stash; the body adds what the pool has free."""
         queues = self._queues
-        idle = sum([seq.has_begun for seq in queues.idle])
-        reading = [*queues.paused, *queues.begun, *queues.idle]
+        idle, waiting_tokens, context_tokens = 0, 0, self._decodes.context_tokens
+        for seq in queues.idle:
+            idle += seq.has_begun
+        for seq in (*queues.begun, *queues.waiting, *queues.idle):
+            waiting_tokens += seq.num_tokens - seq.num_computed
+        for seq in (*queues.paused, *queues.begun, *queues.idle):
+            if seq.has_begun:
+                context_tokens += seq.num_tokens
         return InstanceLoad(
             waiting=len(queues.waiting) + len(queues.ready) + len(queues.idle) - idle,
             running=queues.num_running + idle,
-            waiting_tokens=sum([seq.num_tokens - seq.num_computed for seq in (*queues.begun, *queues.waiting, *queues.idle)]),
-            context_tokens=self._decodes.context_tokens + sum([seq.num_tokens for seq in reading if seq.has_begun]),
+            waiting_tokens=waiting_tokens,
+            context_tokens=context_tokens,
             free_kv_tokens=len(self._stash) * self._config.block_tokens,
         )
 

@@ -14,7 +14,7 @@ from kvasir.costs.quick import QuickCosts
 from kvasir.pool.match import PrefixMatch
 from kvasir.scheduling.decode_choice import FULL, DecodeChoice, DecodeRule, least_expected_tbt, least_tbt, stay
 from kvasir.scheduling.fleet import Fleet, Instance
-from kvasir.scheduling.view import prompt_prefill_s, staged
+from kvasir.scheduling.view import staged
 
 FEW = 128
 """Instances up to which numbers are used: as machine code they are faster up to some three hundred, in Python up to sixty."""
@@ -85,7 +85,7 @@ class FewView:
     def prefill_s(self, cached_tokens: int) -> float:
         known_s = self._known_s.get(cached_tokens)
         if known_s is None:
-            known_s = prompt_prefill_s(self.costs, self.num_prompt_tokens, cached_tokens, self.chunk_tokens)
+            known_s = self.costs.prompt_s(self.num_prompt_tokens, cached_tokens, self.chunk_tokens)
             self._known_s[cached_tokens] = known_s
         return known_s
 

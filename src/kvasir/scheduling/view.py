@@ -13,7 +13,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from kvasir.core.commands import Candidate
-from kvasir.costs.model import CostModel, split_s
+from kvasir.costs.quick import QuickCosts
 
 if TYPE_CHECKING:
     from kvasir.scheduling.few import FewView
@@ -98,7 +98,7 @@ class ClusterView(Struct, frozen=True, dict=True):
     num_prompt_tokens: int
     best_tokens: int
     source: str | None
-    costs: CostModel
+    costs: QuickCosts
     kv_bytes_per_token: int
     block_tokens: int = 1
     due_in_s: float = math.inf
@@ -113,7 +113,7 @@ class ClusterView(Struct, frozen=True, dict=True):
         """Computing the rest of the prompt on an instance that does nothing else, in its steps."""
         known = self._prefill_s.get(cached_tokens)
         if known is None:
-            known = prompt_prefill_s(self.costs, self.num_prompt_tokens, cached_tokens, self.chunk_tokens)
+            known = self.costs.prompt_s(self.num_prompt_tokens, cached_tokens, self.chunk_tokens)
             self._prefill_s[cached_tokens] = known
         return known
 
@@ -210,15 +210,6 @@ def staged(view: ClusterView | FewView, group: tuple[str, ...], *, wait_s: float
         transfer_s = max(0.0, transfer_s - wait_s - prefill_s)
     source = view.source if cached else None
     return Candidate(group[-1], wait_s, transfer_s, prefill_s, cached, cached, source, group=group)
-
-
-def prompt_prefill_s(costs: CostModel, num_prompt_tokens: int, cached_tokens: int, chunk_tokens: int | None) -> float:
-    """Computing the rest of a prompt alone, in steps of `chunk_tokens`."""
-    new_tokens = num_prompt_tokens - cached_tokens
-    seconds = costs.prefill_s(new_tokens, cached_tokens)
-    if chunk_tokens is not None and new_tokens > chunk_tokens:
-        seconds += (-(-new_tokens // chunk_tokens) - 1) * split_s(costs)
-    return seconds
 
 
 def _mixed(taken: Ints, assigned: Ints, stayed: Floats, came: Floats) -> Ints:
