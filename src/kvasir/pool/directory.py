@@ -180,8 +180,11 @@ class BlockDirectory:
 _PLACE = {Tier.DRAM: 0, Tier.SSD: 1}
 
 
+_DRAM: Final = Tier.DRAM
+
+
 def _pair(tier: Tier, mask: int) -> Holders:
-    return (mask, 0) if tier is Tier.DRAM else (0, mask)
+    return (mask, 0) if tier is _DRAM else (0, mask)
 
 
 class _Prefixes:

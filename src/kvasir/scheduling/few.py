@@ -139,7 +139,8 @@ def least_tbt_of_few(view: FewView, prefill: Candidate | None, kv_tokens: int) -
 def least_expected_tbt_of_few(view: FewView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
     if prefill is None:
         return least_tbt_of_few(view, prefill, kv_tokens)
-    batches = [_then(view.fleet, known, prefill.ttft_s) for known in view.decoders]
+    in_s = prefill.ttft_s
+    batches = [_then(view.fleet, known, in_s) for known in view.decoders]
     is_shown = _row_of(view, prefill) is not None and view.transfer_s(view.num_prompt_tokens) > prefill.prefill_s
     only = [] if is_shown else [row for row, known in enumerate(view.decoders) if not known.can_prefill]
     if only and len(only) < len(batches):

@@ -24,10 +24,12 @@ def best_of_few(scores: list[float], candidate: Callable[[int], Candidate], why:
 def _least(scores: list[float], count: int) -> list[int]:
     """The rows of the least scores, in order; of equals the first goes first."""
     rows: list[int] = []
-    for _ in range(count):
-        best = -1
-        for row, score in enumerate(scores):
-            if (best < 0 or score < scores[best]) and row not in rows:
-                best = row
-        rows.append(best)
+    for row, score in enumerate(scores):
+        place = len(rows)
+        while place and score < scores[rows[place - 1]]:
+            place -= 1
+        if place < count:
+            rows.insert(place, row)
+            if len(rows) > count:
+                rows.pop()
     return rows
