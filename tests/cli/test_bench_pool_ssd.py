@@ -6,6 +6,7 @@ import pytest
 
 from kvasir.cli.bench.pool_ssd import SsdFigure, measure_ssd
 from kvasir.core.errors import ConfigError
+from kvasir.store.ssd import SsdFile, SsdOutcome
 
 
 def test_a_figure_for_each_size_and_direction_and_nothing_left_on_the_disk(tmp_path: Path) -> None:
@@ -16,6 +17,12 @@ def test_a_figure_for_each_size_and_direction_and_nothing_left_on_the_disk(tmp_p
     assert [(f.block_bytes, f.direction) for f in figures] == [(s, d) for s in (4096, 65536) for d in ("write", "read")]
     assert all(len(f.ours) == len(f.direct) == 2 and min(*f.ours, *f.direct) > 0 for f in figures)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_refuses_ends_the_measurement_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SsdFile, "write_valid", lambda _, writes: [SsdOutcome.FAILED] * len(writes))
+    with pytest.raises(ConfigError, match="is the disk healthy"):
+        measure_ssd(tmp_path, block_bytes=(4096,), depth=2, file_bytes=1 << 16, turns=1)
 
 
 def test_ratios_are_medians_of_the_turns_ratios() -> None:

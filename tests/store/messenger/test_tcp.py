@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -85,6 +87,25 @@ async def say(it: Bed, *parts: bytes) -> bytes:
         return b""
     finally:
         writer.close()
+
+
+async def test_both_ends_send_without_pacing_and_notice_a_dead_machine() -> None:
+    async with bed(tcp) as it:
+        await it.transport.read(it.peer, ALL, deadline_s=soon())
+        ends = [sock for sock in gc.get_objects() if isinstance(sock, socket.socket) and is_connected_to(sock, it.server)]
+        assert len(ends) >= 2
+        for end in ends:
+            assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0") == b"reno"
+            assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def is_connected_to(sock: socket.socket, server: TcpServer) -> bool:
+    """Either end of a connection."""
+    try:
+        return server.address in {f"{host}:{port}" for host, port in (sock.getsockname(), sock.getpeername())}
+    except (OSError, ValueError):  # closed, not connected, or not of the internet
+        return False
 
 
 def request(op: int, pieces: list[SpanPair], *, nbytes: int | None = None, ticket: bytes = wire.NO_TICKET) -> bytes:

@@ -72,6 +72,16 @@ def test_any_size_and_any_memory_is_taken(tmp_path: Path, slot_bytes: int, shift
     assert not target[shift + slot_bytes :].any(), "nor after it"
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_block_that_nobody_may_write_to_is_written(ssd: SsdFile, shift: int) -> None:
+    memory = block_of(5, SLOT_BYTES + 1)
+    memory.flags.writeable = False
+    block = memory[shift : shift + SLOT_BYTES]
+    assert ssd.write(3, key_of(5), 0, block) is OK
+    assert read_back(ssd, 3, 5) == block.tobytes()
+    assert (pieces_to_write(block).borrowed is None) == (shift == 0), "what lies on a page is not copied"
+
+
 def test_slots_of_an_arena_are_never_copied() -> None:
     arena = create_arena(num_slots=2, slot_bytes=8192)
     for pieces in (pieces_to_write(arena.slot(1)), pieces_to_read(arena.slot(1))):

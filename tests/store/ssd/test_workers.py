@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
@@ -175,6 +176,37 @@ async def test_neighbours_are_moved_together_but_every_thread_gets_some(file: Ss
     assert max(count for _, _, count in stage.calls) <= 8
     assert sum(count for _, _, count in stage.calls) == 32
     assert len(stage.calls) < 32
+
+
+async def test_neighbours_wake_one_thread_and_not_one_each(file: SsdFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    woken: list[str] = []
+    wait = threading.Condition.wait
+
+    def counting(condition: threading.Condition, timeout: float | None = None) -> bool:
+        is_notified = wait(condition, timeout)
+        woken.append(threading.current_thread().name)
+        return is_notified
+
+    monkeypatch.setattr(threading.Condition, "wait", counting)
+    async with SsdWorkers(file, SsdQueues(depth=8)) as workers:
+        await asyncio.sleep(0.05)  # all threads wait
+        woken.clear()
+        outcomes = await asyncio.gather(*(workers.write(p, key_of(p), 0, block_of(p)) for p in range(NUM_SLOTS)))
+        assert outcomes == [OK] * NUM_SLOTS
+        assert workers.stats().write_operations < 4
+        await asyncio.sleep(0.05)  # whoever was woken has run
+        assert len([name for name in woken if name.startswith("ssd-")]) < 8
+
+
+async def test_closing_ends_all_threads_however_many_slept(file: SsdFile, stage: Stage) -> None:
+    stage.hold()
+    workers = SsdWorkers(file, SsdQueues(depth=8, max_merged_bytes=1))
+    workers.submit_write(a_write(0), nothing)
+    await until(lambda: workers.stats().writes_in_flight == 1)
+    closing = asyncio.ensure_future(workers.close(drain=True, timeout_s=5.0))
+    await asyncio.sleep(0.01)
+    stage.faulty.release()
+    assert await closing, "only when the last thread has nothing more to do"
 
 
 async def test_a_full_queue_drops_at_once_and_counts(file: SsdFile, stage: Stage) -> None:

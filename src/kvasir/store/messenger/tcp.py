@@ -92,11 +92,11 @@ class TcpTransport:
         if not transfer.has_more:
             return
         path = self._path(peer)
+        if path.num_streams < (wanted := self._limits.streams if transfer.is_long else 1):
+            await path.open_streams(wanted, deadline_s)
+        path.add(transfer)
         timer = asyncio.get_running_loop().call_at(deadline_s, path.give_up, transfer)
         try:
-            if path.num_streams < (wanted := self._limits.streams if transfer.is_long else 1):
-                await path.open_streams(wanted, deadline_s)
-            path.add(transfer)
             await transfer.done
         except BaseException:
             path.abandon(transfer)

@@ -55,7 +55,7 @@ class Channel:
         """Queue; as much as the kernel takes goes at once. The memory must stay as it is until it has been sent."""
         if not self.is_open:
             return
-        self._out.extend(memoryview(view) for view in views)
+        self._out.extend([memoryview(view) for view in views])
         if not self._writing:
             self._flush()
 

@@ -13,7 +13,7 @@ from kvasir.store.messenger import tcp_wire as wire
 from kvasir.store.messenger.fair_queue import FairQueue
 from kvasir.store.messenger.spans import ArenaViews, Slice
 from kvasir.store.messenger.tcp_channel import Channel, repeated
-from kvasir.store.messenger.tcp_server import keep_alive
+from kvasir.store.messenger.tcp_server import prepare
 from kvasir.store.messenger.tcp_transfer import Transfer
 from kvasir.store.messenger.transport import PeerArena
 
@@ -136,7 +136,7 @@ class Path:
         sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         try:
             sock.setblocking(False)
-            keep_alive(sock)
+            prepare(sock)
             async with asyncio.timeout(self._limits.connect_s):
                 await loop.sock_connect(sock, (host.strip("[]"), int(port)))
                 await self._shake_hands(sock)
@@ -184,15 +184,15 @@ class Path:
             transfer.fail(error)
 
 
-@dataclass(slots=True)
 class _Flight:
     """A slice that was asked for, or sent, and not yet answered."""
 
-    transfer: Transfer
-    piece: Slice
-    number: int
-    is_abandoned: bool = False
-    moved_at_start: int = 0
+    def __init__(self, transfer: Transfer, piece: Slice, number: int):
+        self.transfer = transfer
+        self.piece = piece
+        self.number = number
+        self.is_abandoned = False
+        self.moved_at_start = 0
 
 
 class _Stream:
@@ -232,12 +232,12 @@ class _Stream:
         flight = _Flight(transfer, piece, self._number)
         self.flights.append(flight)
         self.nbytes += piece.nbytes
-        if len(self.flights) == 1:
-            self._expect_answer()
         request = wire.pack_request(transfer.op, flight.number, piece.pieces, piece.nbytes, transfer.ticket)
         payload = self._views.local(piece.pieces) if transfer.op == wire.Op.PUT else []
         self._channel.send([request, *payload])
         flight.moved_at_start = self._channel.moved
+        if len(self.flights) == 1:  # now that the peer is at work
+            self._expect_answer()
 
     def abandon(self, transfer: Transfer) -> None:
         """What still comes for this transfer goes nowhere."""

@@ -63,6 +63,7 @@ class TcpServer:
             listening = socket.create_server((host, port), backlog=128)
         except OSError as error:
             raise ConfigError(f"cannot listen for transfers on {host}:{port}: {error.strerror}") from error
+        prepare(listening)
         listening.setblocking(False)
         return cls(arena, listening, max_connections=max_connections, stall_s=stall_s)
 
@@ -130,7 +131,6 @@ class _Connection:
     """One client: a hello, then requests, each answered before the next is read."""
 
     def __init__(self, server: TcpServer, sock: socket.socket):
-        keep_alive(sock)
         self.ticket: bytes | None = None
         self._server = server
         self._channel = Channel(sock, self._lost, self._drained)
@@ -240,6 +240,16 @@ class _Connection:
         self._channel.send([last_word])
         if not self._channel.is_sending:
             self._channel.end_sending()
+
+
+def prepare(sock: socket.socket) -> None:
+    """Before it is connected, or of one that listens: its connections inherit it.
+
+    Congestion control is Reno, which every Linux has. A host's default may be BBR, whose model of a long path paces each
+    burst by timers; between the machines of a cluster that takes longer than the bytes.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+    keep_alive(sock)
 
 
 def keep_alive(sock: socket.socket) -> None:

@@ -126,8 +126,10 @@ class SsdFile:
 
     def write_valid(self, writes: Sequence[SsdWrite]) -> list[SsdOutcome]:
         """`write_many` of different places that `require_valid` has seen."""
+        outcomes: dict[int, SsdOutcome] = {}
         with self._in_use():
-            outcomes = {w.ssd_slot: outcome for run in runs(writes, MAX_RUN) for w, outcome in self._write_run(run)}
+            for run in runs(writes, MAX_RUN):
+                outcomes.update(zip([w.ssd_slot for w in run], self._write_run(run), strict=True))
         return [outcomes[write.ssd_slot] for write in writes]
 
     def read_valid(self, reads: Sequence[SsdRead]) -> list[SsdOutcome]:
@@ -136,7 +138,7 @@ class SsdFile:
         outcomes = {read.ssd_slot: SsdOutcome.ABSENT for read in reads}
         with self._in_use():
             for run in runs([read for read in reads if read.ssd_slot in expected], MAX_RUN):
-                outcomes.update((read.ssd_slot, outcome) for read, outcome in self._read_run(run, expected))
+                outcomes.update(zip([read.ssd_slot for read in run], self._read_run(run, expected), strict=True))
         return [outcomes[read.ssd_slot] for read in reads]
 
     def forget(self, ssd_slots: Sequence[int]) -> None:
@@ -153,20 +155,17 @@ class SsdFile:
 
     # --- writing -----------------------------------------------------------------------------------------------
 
-    def _write_run(self, run: Sequence[SsdWrite]) -> Iterator[tuple[SsdWrite, SsdOutcome]]:
+    def _write_run(self, run: Sequence[SsdWrite]) -> list[SsdOutcome]:
         """Neighbours fail alone: after an error each is tried by itself."""
         try:
             self._try_write(run)
         except OSError as error:
             if len(run) > 1:
-                for write in run:
-                    yield from self._write_run([write])
-                return
+                return [outcome for write in run for outcome in self._write_run([write])]
             self._note(error, "write", run[0].ssd_slot)
             self._erase(run[0].ssd_slot)
-            yield run[0], SsdOutcome.FAILED
-            return
-        yield from ((write, SsdOutcome.OK) for write in run)
+            return [SsdOutcome.FAILED]
+        return [SsdOutcome.OK] * len(run)
 
     def _try_write(self, run: Sequence[SsdWrite]) -> None:
         first = run[0].ssd_slot
@@ -189,23 +188,20 @@ class SsdFile:
         record = self._records[read.ssd_slot]
         return record if record is not None and record.key == read.key else None
 
-    def _read_run(self, run: Sequence[SsdRead], expected: dict[int, Record]) -> Iterator[tuple[SsdRead, SsdOutcome]]:
+    def _read_run(self, run: Sequence[SsdRead], expected: dict[int, Record]) -> list[SsdOutcome]:
         """As `_write_run`."""
         pieces = [pieces_to_read(read.into) for read in run]
         try:
             read_whole(self._ops, self._files.data_fd, _views(pieces), self._offset(run[0].ssd_slot), unit=self._unit)
         except OSError as error:
             if len(run) > 1:
-                for read in run:
-                    yield from self._read_run([read], expected)
-                return
+                return [outcome for read in run for outcome in self._read_run([read], expected)]
             self._note(error, "read", run[0].ssd_slot)
-            yield run[0], SsdOutcome.FAILED
-            return
+            return [SsdOutcome.FAILED]
         self._forget_pages(run)
         for read, piece in zip(run, pieces, strict=True):
             piece.give_back_to(read.into)
-            yield read, self._verdict(read, expected[read.ssd_slot])
+        return [self._verdict(read, expected[read.ssd_slot]) for read in run]
 
     def _verdict(self, read: SsdRead, record: Record) -> SsdOutcome:
         if data_check_of(read.into) == record.data_check:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Generic
 
 from kvasir.store.ssd.meter import Meter
@@ -13,13 +12,15 @@ from kvasir.store.ssd.requests import Request, SsdOutcome
 OnDone = Callable[[SsdOutcome], None]
 
 
-@dataclass(frozen=True, slots=True)
 class Job(Generic[Request]):
     """A request, whom to tell, and until when it may wait."""
 
-    request: Request
-    on_done: OnDone
-    deadline_s: float | None
+    __slots__ = ("deadline_s", "on_done", "request")
+
+    def __init__(self, request: Request, on_done: OnDone, deadline_s: float | None):
+        self.request: Request = request
+        self.on_done = on_done
+        self.deadline_s = deadline_s
 
     def is_late(self, now: float) -> bool:
         return self.deadline_s is not None and self.deadline_s <= now
@@ -35,6 +36,12 @@ class Lane(Generic[Request]):
         self.meter = Meter()
         self.outcomes = dict.fromkeys(SsdOutcome, 0)
 
+    def add(self, jobs: Sequence[Job[Request]]) -> list[OnDone]:
+        """Put these in line as far as there is room; whom to tell that there was none."""
+        room = max(0, self.limit - len(self.queue))
+        self.queue.extend(jobs[:room])
+        return self._dropped(jobs[room:])
+
     def take(self, max_blocks: int) -> list[Job[Request]]:
         """The first of the queue and those that follow it in place."""
         jobs = [self.queue.popleft()]
@@ -47,9 +54,18 @@ class Lane(Generic[Request]):
         dropped = [job for job in self.queue if is_chosen(job)]
         if dropped:
             self.queue = deque(job for job in self.queue if not is_chosen(job))
-            self.outcomes[SsdOutcome.DROPPED] += len(dropped)
-        return [job.on_done for job in dropped]
+        return self._dropped(dropped)
+
+    def count(self, outcomes: Sequence[SsdOutcome]) -> None:
+        """These came of an operation."""
+        for outcome in set(outcomes):
+            self.outcomes[outcome] += outcomes.count(outcome)
 
     def first_deadline(self) -> float | None:
         """Of those that wait."""
         return min((job.deadline_s for job in self.queue if job.deadline_s is not None), default=None)
+
+    def _dropped(self, jobs: Sequence[Job[Request]]) -> list[OnDone]:
+        if jobs:
+            self.outcomes[SsdOutcome.DROPPED] += len(jobs)
+        return [job.on_done for job in jobs]

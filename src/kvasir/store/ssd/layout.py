@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
@@ -58,8 +59,7 @@ class Superblock:
         return body + _CHECK.pack(xxh3_64_intdigest(body))
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """What is in a place. `sequence` starts at 1 and grows with each write to the file."""
 
     key: BlockKey

@@ -133,6 +133,7 @@ class SsdWorkers:
         """
         with self._changed:
             self._closing = True
+            self._reads.limit = self._writes.limit = 0
         if not drain:
             self._drop_all()
         with self._changed:
@@ -153,21 +154,23 @@ class SsdWorkers:
 
     def _submit(self, lane: Lane[Request], jobs: Sequence[Job[Request]]) -> None:
         with self._changed:
-            room = 0 if self._closing else max(0, lane.limit - len(lane.queue))
-            lane.queue.extend(jobs[:room])
-            lane.outcomes[SsdOutcome.DROPPED] += len(jobs[room:])
+            dropped = lane.add(jobs)
         if not self._is_waking:
             self._is_waking = True
             self._loop.call_soon(self._wake)
-        self._tell_dropped([job.on_done for job in jobs[room:]])
+        self._tell_dropped(dropped)
         if jobs[0].deadline_s is not None and self._sweep is None:
             self._sweep = self._loop.call_at(jobs[0].deadline_s, self._drop_late)
 
     def _wake(self) -> None:
-        """At the end of the loop's turn, when all that it brought is queued: neighbours are then taken together."""
+        """At the end of the loop's turn, when all that it brought is queued: neighbours are then taken together.
+
+        One thread is enough: each that begins wakes the next while something is left. So as many wake as there are
+        operations, which of small blocks are far fewer than blocks.
+        """
         self._is_waking = False
         with self._changed:
-            self._changed.notify(len(self._reads.queue) + len(self._writes.queue))
+            self._changed.notify()
 
     def _drop_late(self) -> None:
         """Also when every thread hangs in the disk."""
@@ -213,8 +216,11 @@ class SsdWorkers:
         with self._changed:
             while (carry_out := self._begin_next()) is None:
                 if self._closing and not self._reads.queue and not self._writes.queue:
+                    self._changed.notify()
                     return False
                 self._changed.wait()
+            if self._reads.queue or self._writes.queue:
+                self._changed.notify()
         carry_out()
         return True
 
@@ -242,20 +248,11 @@ class SsdWorkers:
         with self._changed:
             del self._began[threading.get_ident()]
             lane.meter.ended(self._loop.time(), outcomes.count(SsdOutcome.OK) * self._file.slot_bytes)
-            for outcome in outcomes:
-                lane.outcomes[outcome] += 1
+            lane.count(outcomes)
             is_first = not self._done
-            self._done.extend((job.on_done, outcome) for job, outcome in zip(jobs, outcomes, strict=True))
-            self._wake_others()
+            self._done.extend(zip([job.on_done for job in jobs], outcomes, strict=True))
         if is_first:
             self._call_loop(self._tell_done)
-
-    def _wake_others(self) -> None:
-        """This thread takes the next request itself; others are needed when reads no longer hold writes back, or to end."""
-        if self._closing and not self._reads.queue and not self._writes.queue:
-            self._changed.notify_all()
-        elif self._writes.queue and self._max_writes_now() > self._writes.meter.in_flight:
-            self._changed.notify(self._max_writes_now() - self._writes.meter.in_flight)
 
     def _outcomes(self, lane: Lane[Request], jobs: Sequence[Job[Request]]) -> list[SsdOutcome]:
         now = self._loop.time()
