@@ -45,7 +45,8 @@ def test_the_report_has_every_figure_and_says_why_one_is_missing(monkeypatch: py
     done = CliRunner().invoke(make_app(), ["bench", "pool", "--directory", str(tmp_path), "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    for name in ("shm_put_over_memcpy", "shm_get_over_memcpy", "tcp_put_over_socket", "tcp_get_over_socket"):
+    names = ("shm_put_over_memcpy", "shm_get_over_memcpy", "tcp_put_over_socket", "tcp_get_over_socket")
+    for name in (*names, "tcp_put_over_unpaced_socket", "tcp_get_over_unpaced_socket"):
         assert found[name]["64 KiB"] > 0.0
     assert {"match_us", "insert_us", "bytes_per_entry"} <= found.keys()
     assert found["ssd_not_measured"] == "no direct I/O here"

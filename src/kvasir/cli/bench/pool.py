@@ -70,8 +70,9 @@ def _measured(directory: Path, runs: list[PeerRuns], rounds: int, less: int, con
         found[f"shm_{name}_over_memcpy"] = {size_name(s.block_bytes): s.over_memcpy(getattr(s, name)) for s in speeds}
     moved = _transfers(runs, rounds, TRANSFER_MIB // less, console)
     over = ratios(moved)
-    found["tcp_put_over_socket"] = over["tcp_put_over_socket"]
-    found["tcp_get_over_socket"] = over["tcp_get_over_socket"]
+    for name in ("put", "get"):
+        found[f"tcp_{name}_over_socket"] = over[f"tcp_{name}_over_socket"]
+        found[f"tcp_{name}_over_unpaced_socket"] = over[f"tcp_{name}_over_unpaced"]
     found["shm_read_over_memcpy"] = over["shm_get_over_memcpy"]
     with console.status("the SSD tier"):
         found |= _ssd(directory, rounds, less)

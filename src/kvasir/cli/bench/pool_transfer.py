@@ -23,6 +23,7 @@ from kvasir.store.copying import fastest_copy
 from kvasir.store.messenger import PeerArena, ShmTransport, SpanPair, TcpServer, TcpTransport, host_identity
 from kvasir.store.messenger.shm import copy_pieces
 from kvasir.store.messenger.spans import cut
+from kvasir.store.messenger.tcp_server import prepare
 
 SLOT_BYTES = 16 * MIB
 BATCH = 16
@@ -47,11 +48,12 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class _Other:
-    """The other process: its arena, its ticket for pushes, and the port of its plain socket."""
+    """The other process: its arena, its ticket for pushes, and the ports of its plain sockets, as they come and not paced."""
 
     peer: PeerArena
     ticket: bytes
     plain_port: int
+    unpaced_port: int
 
 
 def measure(*, working_set: int = 512 * MIB, rounds: int = 5, sizes: tuple[int, ...] = SIZES) -> list[Measured]:
@@ -63,7 +65,14 @@ def ratios(measured: list[Measured]) -> dict[str, dict[str, float]]:
     """Ratio name → size → median over the rounds of ours over the limit measured in the same round."""
     by_name = {(m.name, m.nbytes): m.rounds for m in measured}
     result: dict[str, dict[str, float]] = {}
-    for ours, limit in (("tcp_put", "socket_put"), ("tcp_get", "socket_get"), ("shm_put", "memcpy"), ("shm_get", "memcpy")):
+    for ours, limit in (
+        ("tcp_put", "socket_put"),
+        ("tcp_get", "socket_get"),
+        ("tcp_put", "unpaced_put"),
+        ("tcp_get", "unpaced_get"),
+        ("shm_put", "memcpy"),
+        ("shm_get", "memcpy"),
+    ):
         over = f"{ours}_over_{limit.partition('_')[0]}"
         result[over] = {
             size_name(nbytes): round(statistics.median(a / b for a, b in zip(mine, by_name[limit, nbytes], strict=True)), 3)
@@ -78,16 +87,17 @@ async def _measure(working_set: int, rounds: int, sizes: tuple[int, ...]) -> lis
     with _other_process(working_set) as other:
         tcp, shm = TcpTransport(arena), ShmTransport(arena)
         theirs, buffers = open_arena(other.peer.arena), (arena.memory.copy(), arena.memory.copy())
-        plain = socket.create_connection(("127.0.0.1", other.plain_port), timeout=WAIT_S)
-        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        plain, unpaced = _connected(other.plain_port, lambda _: None), _connected(other.unpaced_port, prepare)
         ways = {
             "memcpy": _now(lambda spans: _memcpy(*buffers, spans)),
             "shm_get": lambda spans: shm.read(other.peer, spans, deadline_s=_soon()),
             "shm_put": _now(lambda spans: _copy(arena, theirs, spans)),
             "socket_get": _now(lambda spans: _plain(plain, _GET, arena, spans)),
             "tcp_get": lambda spans: tcp.read(other.peer, spans, deadline_s=_soon()),
+            "unpaced_get": _now(lambda spans: _plain(unpaced, _GET, arena, spans)),
             "socket_put": _now(lambda spans: _plain(plain, _PUT, arena, spans)),
             "tcp_put": lambda spans: tcp.push(other.peer, spans, ticket=other.ticket, deadline_s=_soon()),
+            "unpaced_put": _now(lambda spans: _plain(unpaced, _PUT, arena, spans)),
         }
         batched = {f"{name}_batch{BATCH}": ways[name] for name in ("tcp_get", "tcp_put")}
         speeds: dict[tuple[str, int], list[float]] = {}
@@ -98,6 +108,7 @@ async def _measure(working_set: int, rounds: int, sizes: tuple[int, ...]) -> lis
             for name, move in batched.items():
                 speeds.setdefault((name, sizes[0]), []).append(await _speed(move, working_set, sizes[0], BATCH))
         plain.close()
+        unpaced.close()
         await tcp.close()
         await shm.close()
     return [
@@ -147,6 +158,15 @@ def _copy(source: Arena, target: Arena, spans: list[SpanPair]) -> None:
         copy_pieces(fastest_copy(), source, target, piece)
 
 
+def _connected(port: int, before: Callable[[socket.socket], None]) -> socket.socket:
+    sock = socket.socket()
+    sock.settimeout(WAIT_S)
+    before(sock)
+    sock.connect(("127.0.0.1", port))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
 def _plain(sock: socket.socket, op: int, arena: Arena, spans: list[SpanPair]) -> None:
     memory = memoryview(arena.memory.data).cast("B")
     for slot, _, offset, length in spans:
@@ -185,13 +205,16 @@ def _other_process(working_set: int) -> Iterator[_Other]:
 
 def _serve(connection: Connection, working_set: int) -> None:
     arena = _warm_arena(working_set, 2)
-    listening = socket.create_server(("127.0.0.1", 0))
-    threading.Thread(target=_serve_plain, args=(listening, arena), daemon=True).start()
+    listening, unpaced = socket.create_server(("127.0.0.1", 0)), socket.create_server(("127.0.0.1", 0))
+    prepare(unpaced)
+    for plain in (listening, unpaced):
+        threading.Thread(target=_serve_plain, args=(plain, arena), daemon=True).start()
 
     async def serve() -> None:
         server = await TcpServer.start(arena, "127.0.0.1")
         peer = PeerArena("other", arena.handle, host_identity(), tcp=server.address)
-        connection.send(_Other(peer, server.grant(range(arena.num_slots)), listening.getsockname()[1]))
+        ports = (listening.getsockname()[1], unpaced.getsockname()[1])
+        connection.send(_Other(peer, server.grant(range(arena.num_slots)), *ports))
         ended = asyncio.Event()
         asyncio.get_running_loop().add_reader(connection.fileno(), ended.set)
         await ended.wait()

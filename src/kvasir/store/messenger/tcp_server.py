@@ -245,10 +245,11 @@ class _Connection:
 def prepare(sock: socket.socket) -> None:
     """Before it is connected, or of one that listens: its connections inherit it.
 
-    Congestion control is Reno, which every Linux has. A host's default may be BBR, whose model of a long path paces each
-    burst by timers; between the machines of a cluster that takes longer than the bytes.
+    Congestion control is the host's default unless that is BBR, whose model of a long path paces each burst by timers: between
+    the machines of a cluster that takes longer than the bytes. Then it is Reno, which every Linux lets anybody choose.
     """
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+    if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).startswith(b"bbr"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
     keep_alive(sock)
 
 
