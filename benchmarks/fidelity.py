@@ -332,6 +332,10 @@ def main() -> None:
         "--markdown", type=Path, help="a page whose tables, from the first `###` to the next `##`, are replaced"
     )
     arguments = parser.parse_args()
+    if arguments.markdown and not arguments.markdown.is_file():
+        parser.error(f"--markdown {arguments.markdown}: expected a page that is there, whose tables can be replaced")
+    if arguments.json and not arguments.json.parent.is_dir():
+        parser.error(f"--json {arguments.json}: its folder does not exist")
     busy = os.getloadavg()[0]
     load = Load(arguments.trace, arguments.limit, arguments.speed, arguments.scale_length)
     with tempfile.TemporaryDirectory() as directory:
