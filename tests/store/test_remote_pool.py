@@ -288,6 +288,10 @@ def test_what_is_left_unfinished_is_freed(pool: MemPool, monkeypatch: pytest.Mon
         (lambda here, other: other.insert([key(0)], other.alloc(1)), r"addresses \[0\] .* did not come completely"),
         (lambda here, other: other.free([7]), r"addresses \[7\] are not allocated"),
         (lambda here, other: other.alloc(-1), "did not|said|is gone"),
+        (lambda here, other: other.put(key(0), np.zeros(3, np.uint8)), f"3 bytes, contiguous: expected {SIZE}"),
+        (lambda here, other: other.put(b"short", value(0)), "key of 5 bytes, expected 16"),
+        (lambda here, other: other.match([b"short"]), "key of 5 bytes, expected 16"),
+        (lambda here, other: other.delete([b"short"]), "key of 5 bytes, expected 16"),
     ],
 )
 def test_what_makes_no_sense_is_refused_and_changes_nothing(
@@ -296,6 +300,33 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(
     with giver() as here, connected(pool) as other, pytest.raises(PoolError, match=f"pool at {other.address}: .*({told})"):
         wrong(here, other)
     wait_until(lambda: pool.stats().free == 8)
+
+
+def test_blocks_are_put_matched_and_deleted_over_a_connection(pool: MemPool) -> None:
+    with connected(pool) as other:
+        for n in range(3):
+            other.put(key(n), value(n).reshape(2, -1))
+        assert other.match([key(0), key(1), key(9), key(2)]) == 2
+        assert np.array_equal(other.get(key(2)), value(2))
+        assert np.array_equal(pool.get(key(0)), value(0))
+        other.delete([key(1), key(9)])
+        assert (other.match([key(0), key(1)]), pool.exists(key(1)), pool.exists(key(2))) == (1, None, Tier.DRAM)
+
+
+def test_what_is_only_on_the_ssd_is_matched_too(tmp_path: Path) -> None:
+    with served(num_blocks=2, ssd_path=tmp_path, ssd_blocks=8) as pool, connected(pool) as other:
+        for n in range(4):
+            other.put(key(n), value(n))
+            pool.flush()
+        assert other.match([key(n) for n in range(4)]) == 4
+        assert [bytes(other.get(key(n))) for n in range(4)] == [value(n).tobytes() for n in range(4)]
+
+
+def test_a_block_of_many_mebibytes_is_put() -> None:
+    with served(num_blocks=2, block_bytes=20 << 20) as pool, connected(pool) as other:
+        block = np.arange(5 << 20, dtype=np.uint32)
+        other.put(key(0), block)
+        assert np.array_equal(other.get(key(0)).view(np.uint32), block)
 
 
 def test_pools_of_other_blocks_do_not_fit(pool: MemPool) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+import numpy as np
 import structlog
 import uvloop
 
@@ -129,7 +130,8 @@ class _Connection:
 
     async def _next(self) -> wire.Request:
         async with asyncio.timeout(UNFINISHED_S if self._held else None):
-            length = wire.length_of(await self._reader.readexactly(wire.LENGTH.size))
+            header = await self._reader.readexactly(wire.LENGTH.size)
+            length = wire.length_of(header, wire.MAX_MESSAGE_BYTES + self._pool.block_bytes)
             return wire.unpack(wire.REQUESTS, await self._reader.readexactly(length))
 
     async def _say(self, message: wire.Answer) -> None:
@@ -154,6 +156,13 @@ class _Connection:
                     self._require(addresses, self._complete)
                     self._pool.insert(keys, addresses)
                     self._let_go(addresses)
+                case wire.Match(keys):
+                    with self._pool.match(keys) as found:
+                        return wire.Matched(len(found) + found.on_ssd)
+                case wire.Delete(keys):
+                    self._pool.delete(keys)
+                case wire.Put(key, raw):
+                    await asyncio.to_thread(self._pool.put, key, np.frombuffer(raw, np.uint8))  # which may wait for the SSD
                 case wire.Get(key):
                     value = await asyncio.to_thread(self._pool.get, key)  # it may have to be read from the SSD
                     return wire.Block(value.tobytes())

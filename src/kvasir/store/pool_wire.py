@@ -3,10 +3,10 @@
     client                         server
                             ◀──    Welcome
     a Request               ──▶
-                            ◀──    its answer: Allocated, Block, Found, Done, or Failed
+                            ◀──    its answer: Allocated, Matched, Block, Found, Done, or Failed
 
 One request at a time. A connection belongs to one incarnation of the pool, so that no request needs to name it, and what was
-allocated over it lives no longer than it does. Only blocks that are asked for by Get travel here; transfers go past it.
+allocated over it lives no longer than it does. Only blocks of Get and Put travel here; transfers go past it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kvasir.core.keys import BlockKey
 from kvasir.core.tier import Tier
 from kvasir.store.messenger import PeerArena
 
-VERSION = 1
+VERSION = 2
 LENGTH = Layout("<I")
 MAX_MESSAGE_BYTES = 16 << 20
 """Beyond the block in it. Names of 600 000 blocks take so much; what says that it is longer is garbage."""
@@ -77,6 +77,29 @@ class Insert(Message, frozen=True):
     addresses: tuple[int, ...]
 
 
+class Match(Message, frozen=True):
+    """Answered by Matched: the longest prefix of `keys` that can be read, from DRAM or SSD. Nothing keeps it there."""
+
+    keys: tuple[BlockKey, ...]
+
+
+class Matched(Message, frozen=True):
+    num_blocks: int
+
+
+class Delete(Message, frozen=True):
+    """Forget blocks, except leased ones; answered by Done."""
+
+    keys: tuple[BlockKey, ...]
+
+
+class Put(Message, frozen=True):
+    """Answered by Done when the block can be read."""
+
+    key: BlockKey
+    value: bytes
+
+
 class Get(Message, frozen=True):
     """Answered by Block."""
 
@@ -107,8 +130,8 @@ class Failed(Message, frozen=True):
     message: str
 
 
-Request = Alloc | Free | Receive | Insert | Get | Exists
-Answer = Welcome | Allocated | Block | Found | Done | Failed
+Request = Alloc | Free | Receive | Insert | Match | Delete | Put | Get | Exists
+Answer = Welcome | Allocated | Matched | Block | Found | Done | Failed
 
 REQUESTS: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 ANSWERS: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from kvasir.core.errors import PoolError
 from kvasir.core.keys import BlockKey
@@ -108,6 +109,18 @@ class RemotePool:
     def insert(self, keys: Sequence[BlockKey], addresses: Sequence[int]) -> None:
         """Make received blocks readable there. If no answer comes, they may be readable or not."""
         self._ask(wire.Insert(tuple(keys), tuple(addresses)), wire.Done)
+
+    def match(self, keys: Sequence[BlockKey]) -> int:
+        """Blocks of the longest prefix of `keys` that can be read there now, from DRAM or the SSD. Nothing keeps them there."""
+        return self._ask(wire.Match(tuple(keys)), wire.Matched).num_blocks
+
+    def delete(self, keys: Sequence[BlockKey]) -> None:
+        """Forget blocks there, in DRAM and on the SSD, except leased ones."""
+        self._ask(wire.Delete(tuple(keys)), wire.Done)
+
+    def put(self, key: BlockKey, value: npt.NDArray[np.generic]) -> None:
+        """Copy one block in: `value` has block_bytes bytes, of any dtype and shape. For many, `transfer_with_insert`."""
+        self._ask(wire.Put(key, value.tobytes()), wire.Done)
 
     def get(self, key: BlockKey) -> Bytes:
         """A copy of one block, from DRAM or the SSD there, uint8 [block_bytes]."""
