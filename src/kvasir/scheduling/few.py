@@ -16,7 +16,7 @@ from kvasir.scheduling.decode_choice import FULL, DecodeChoice, DecodeRule, leas
 from kvasir.scheduling.fleet import Fleet, Instance
 from kvasir.scheduling.view import staged
 
-FEW = 128
+FEW = 320
 """Instances up to which numbers are used: as machine code they are faster up to some three hundred, in Python up to sixty."""
 
 
