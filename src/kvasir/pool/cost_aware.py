@@ -18,7 +18,7 @@ from typing import Final
 from kvasir.costs.model import CostModel
 from kvasir.pool.eviction import Block
 from kvasir.pool.ghosts import Ghosts
-from kvasir.pool.reuse import AGES, MAX_CLASS, SAMPLE, TICKS_PER_SECOND, ReuseRates
+from kvasir.pool.reuse import MAX_CLASS, SAMPLE, ReuseRates
 from kvasir.pool.runs import Run, RunQueue
 
 BlockSeconds = Callable[[int], float]
@@ -151,10 +151,7 @@ class CostAware:
         """Of a class by its oldest run: seconds saved per second, relative to the first block's; infinite for none."""
         if head is None:
             return math.inf
-        octave = int(
-            (now - head.since_s) * TICKS_PER_SECOND
-        ).bit_length()  # as ReuseRates.rate, which would be called most of all
-        return self._rates.table[_USES_CLASS[head.class_]][octave if octave < AGES else -1] * _RELATIVE_COST[head.class_]
+        return self._rates.rate(_USES_CLASS[head.class_], now - head.since_s) * _RELATIVE_COST[head.class_]
 
     def _reach(self, blocks: Sequence[Block]) -> None:
         """Work out the classes of costs of all depths up to those of these blocks."""

@@ -52,11 +52,6 @@ class ReuseRates:
         self._since_refit = 0
         self._refit(0.0)
 
-    @property
-    def table(self) -> list[list[float]]:
-        """Rates by class of uses and octave of age, to be read only and until the next event."""
-        return self._rates
-
     def rate(self, uses_class: int, age_s: float) -> float:
         """Chance a second that a block of this class and age is used."""
         return self._rates[uses_class][min(int(age_s * TICKS_PER_SECOND).bit_length(), AGES - 1)]  # _octave, called most of all
