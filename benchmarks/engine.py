@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -52,9 +52,9 @@ class Row:
 class Ours:
     """Kvasir's engine over an arena of its own."""
 
-    def __init__(self, path: Path, *, block_tokens: int, chunk: int) -> None:
+    def __init__(self, path: Path, *, device: Literal["cpu", "cuda"], block_tokens: int, chunk: int) -> None:
         self.spec = read_spec(path, block_tokens=block_tokens)
-        self.engine = TorchEngine(self.spec)
+        self.engine = TorchEngine(self.spec, device=device)
         self._chunk = chunk
         tokens = max(max(PREFILLS), max(BATCHES) * (CONTEXT + 2 * DECODE_STEPS + block_tokens))
         num_slots = -(-tokens // block_tokens)
@@ -93,13 +93,16 @@ class Ours:
 class Theirs:
     """transformers with sdpa, its own cache, a static batch."""
 
-    def __init__(self, path: Path) -> None:
-        self._model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation="sdpa").eval()
+    def __init__(self, path: Path, device: str) -> None:
+        self._device = device
+        self._model: Any = (
+            AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation="sdpa").to(device).eval()
+        )
         self._vocab = int(self._model.config.vocab_size)
 
     @torch.inference_mode()
     def prefill(self, length: int) -> float:
-        ids = torch.tensor([_tokens(self._vocab, length)])
+        ids = torch.tensor([_tokens(self._vocab, length)], device=self._device)
         started = perf_counter()
         self._model(ids, past_key_values=DynamicCache(), logits_to_keep=1).logits.argmax(-1).tolist()
         return perf_counter() - started
@@ -107,11 +110,11 @@ class Theirs:
     @torch.inference_mode()
     def decode(self, batch: int) -> float:
         cache = DynamicCache()
-        ids = torch.tensor([_tokens(self._vocab, CONTEXT)] * batch)
+        ids = torch.tensor([_tokens(self._vocab, CONTEXT)] * batch, device=self._device)
         self._model(ids, past_key_values=cache, logits_to_keep=1)
         started = perf_counter()
         for _ in range(DECODE_STEPS):
-            self._model(torch.full((batch, 1), 7), past_key_values=cache).logits.argmax(-1).tolist()
+            self._model(torch.full((batch, 1), 7, device=self._device), past_key_values=cache).logits.argmax(-1).tolist()
         return batch * DECODE_STEPS / (perf_counter() - started)
 
 
@@ -163,6 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="checkpoint directory; without it a random one of --size")
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--block-tokens", type=int, default=64)
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a prefill chunk")
     parser.add_argument("--repeats", type=int, default=5)
@@ -172,8 +176,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         path = args.model or make_checkpoint(scratch, size=args.size, dtype="bfloat16")
-        ours = Ours(path, block_tokens=args.block_tokens, chunk=args.chunk)
-        theirs = None if args.ours_only else Theirs(path)
+        ours = Ours(path, device=args.device, block_tokens=args.block_tokens, chunk=args.chunk)
+        theirs = None if args.ours_only else Theirs(path, args.device)
         rows = measure(ours, theirs, repeats=args.repeats, longest=args.longest)
     conditions = {
         "model": str(args.model or args.size),
@@ -182,7 +186,8 @@ def main() -> None:
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "block_tokens": args.block_tokens,
         "chunk": args.chunk,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores"
+        + (f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""),
         "torch": torch.__version__,
     }
     if args.json:

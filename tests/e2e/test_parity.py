@@ -32,9 +32,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["1P+1D", "1M"])
+ON_GPU = pytest.param("1P+1D, GPU", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use"))
+
+
+@pytest.fixture(scope="module", params=["1P+1D", "1M", ON_GPU])
 def cluster(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[RealCluster]:
-    prefill, decode, mixed = (1, 1, 0) if request.param == "1P+1D" else (0, 0, 1)
+    prefill, decode, mixed = (0, 0, 1) if request.param == "1M" else (1, 1, 0)
     config = ServeConfig(
         model=str(checkpoint),
         dtype="float32",
@@ -45,6 +48,7 @@ def cluster(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[RealCl
         mixed=mixed,
         chunk_tokens=48,
         max_batch=16,
+        device="cuda" if "GPU" in request.param else "cpu",
         log_level="warning",
     )
     with real_cluster(config) as found:

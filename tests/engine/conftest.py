@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+import os
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,14 +26,27 @@ BLOCK_TOKENS = 16
 MakeCheckpoint = Callable[..., Path]
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
+
+
 class Arena:
     """Slots of a node's arena, all bytes 0xFF (NaN), handed out in a scattered order."""
 
     def __init__(self, spec: ModelSpec, num_slots: int = 64, seed: int = 0) -> None:
-        self.spec, stride = spec, spec.slot_bytes + 64
-        counts = np.zeros((2, num_slots), np.uint32)
-        self.slots = Slots(np.full(num_slots * stride, 0xFF, np.uint8), stride, counts[0], counts[1])
+        self.spec, self._stride = spec, spec.slot_bytes + 64
+        self._generations, self._missing = np.zeros((2, num_slots), np.uint32)
+        fd = os.memfd_create("arena")
+        weakref.finalize(self, os.close, fd)
+        os.ftruncate(fd, num_slots * self._stride)
+        self._fd = fd
+        self.slots = self.mapped()
+        self.slots.memory[:] = 0xFF
         self._free = np.random.default_rng(seed).permutation(num_slots).tolist()
+
+    def mapped(self) -> Slots:
+        """The same slots at another address, as another process has them: a GPU's driver pins an address once."""
+        memory = np.frombuffer(mmap.mmap(self._fd, 0), dtype=np.uint8)
+        return Slots(memory, self._stride, self._generations, self._missing)
 
     def reserve(self, num_tokens: int) -> list[int]:
         """Pages for this many tokens; their generation grows."""

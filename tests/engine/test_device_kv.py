@@ -12,7 +12,7 @@ from kvasir.core.errors import PoolError
 from kvasir.engine.interface import SequenceSlice, Slots
 from kvasir.engine.torch.device_kv import DeviceKv
 from kvasir.engine.torch.device_pages import DevicePages
-from kvasir.engine.torch.kernels import KvLayout
+from kvasir.engine.torch.kernels import KvLayout, TorchOps
 from tests.engine.conftest import GREEDY
 
 LAYOUT = KvLayout(num_layers=3, num_kv_heads=2, head_dim=16, block_tokens=16, dtype=torch.bfloat16)
@@ -104,7 +104,7 @@ class Moves:
     def __init__(self, num_pages: int) -> None:
         stride = LAYOUT.slot_bytes + 64
         self.slots = Slots(np.zeros(8 * stride, np.uint8), stride, np.zeros(8, np.uint32), np.zeros(8, np.uint32))
-        self.kv = DeviceKv(self.slots, LAYOUT, device=torch.device("cpu"), num_slots=num_pages)
+        self.kv = DeviceKv(self.slots, LAYOUT, ops=TorchOps("under test"), device=torch.device("cpu"), num_slots=num_pages)
 
     def step(self, *slices: SequenceSlice, stamp: float) -> list[torch.Tensor]:
         """Write `stamp` + layer for all new tokens; the keys that each layer saw before, [pages, tokens]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from kvasir.engine.fake import FakeEngine
 from kvasir.engine.interface import Engine, ModelSpec
 from kvasir.engine.torch.engine import TorchEngine
 from kvasir.engine.torch.kernels import TorchOps
-from tests.engine.conftest import BLOCK_TOKENS, Arena, MakeCheckpoint, Sequence_, generate, random_tokens, step
+from tests.engine.conftest import BLOCK_TOKENS, Arena, MakeCheckpoint, Sequence_, generate, needs_gpu, random_tokens, step
 
 PROMPT = random_tokens(53)
 COUNT = 12
@@ -44,18 +45,25 @@ def spec(checkpoint: MakeCheckpoint) -> ModelSpec:
     return read_spec(checkpoint(family="llama"), block_tokens=BLOCK_TOKENS)
 
 
-@pytest.fixture(params=["fake", "in place", "device pages", "few device pages"])
+ON_A_GPU = ["GPU", "GPU, few pages", "GPU, plain torch"]
+
+
+@pytest.fixture(
+    params=["fake", "in place", "device pages", "few device pages", *(pytest.param(name, marks=needs_gpu) for name in ON_A_GPU)]
+)
 async def make_engine(request: pytest.FixtureRequest, spec: ModelSpec) -> AsyncIterator[MakeEngine]:
     """Engines of one kind, each attached to an arena and closed at the end."""
     engines: list[Engine] = []
 
     def make(arena: Arena) -> Engine:
-        device_slots = {"device pages": 64, "few device pages": 9}.get(request.param)
+        device_slots = {"device pages": 64, "few device pages": 9, "GPU, few pages": 9}.get(request.param)
+        ops = None if request.param in ("GPU", "GPU, few pages") else TorchOps("under test")
         if request.param == "fake":
             engine: Engine = FakeEngine(spec, NoTime())
         else:
-            engine = TorchEngine(spec, ops=TorchOps("under test"), device_kv_slots=device_slots)
-        engine.attach(arena.slots)
+            device: Literal["cpu", "cuda"] = "cuda" if request.param in ON_A_GPU else "cpu"
+            engine = TorchEngine(spec, device=device, ops=ops, device_kv_slots=device_slots)
+        engine.attach(arena.mapped())
         engines.append(engine)
         return engine
 

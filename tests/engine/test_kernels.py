@@ -1,7 +1,10 @@
-"""One contract over both implementations of the operations, against naive float32 torch."""
+"""One contract over all implementations of the operations, against naive float32 torch.
+
+The Triton kernels run where there is a GPU; with TRITON_INTERPRET=1 and Triton installed, slowly, on a CPU too.
+"""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,30 +17,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvasir.engine.torch.kernels import BatchLayout, KvLayout, KvView, Ops, TorchOps, load_ops
+from kvasir.engine.torch.kernels import BatchLayout, KvLayout, KvView, Ops, TokenCopies, TorchOps, load_ops
 
 BF16, F32 = torch.bfloat16, torch.float32
 DTYPES = [pytest.param(F32, id="float32"), pytest.param(BF16, id="bf16")]
 EPS = 1e-6
 
 
-def _implementations() -> list[Ops]:
-    best = load_ops("cpu")
-    return [TorchOps("the fallback under test"), *([best] if best.name == "cpp" else [])]
+def _implementations() -> dict[str, tuple[Ops, str]]:
+    """By name: the operations, and the device that they are tested on."""
+    found: dict[str, tuple[Ops, str]] = {"torch": (TorchOps("the fallback under test"), "cpu")}
+    gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    best, on_gpu = load_ops("cpu"), load_ops("cuda")
+    if best.name == "cpp":
+        found["cpp"] = best, "cpu"
+    if on_gpu.name == "triton" and (gpu == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
+        found["triton"] = on_gpu, gpu
+    return found
 
 
 IMPLEMENTATIONS = _implementations()
 
 
-@pytest.fixture(params=IMPLEMENTATIONS, ids=lambda ops: ops.name)
-def ops(request: pytest.FixtureRequest) -> Ops:
-    chosen: Ops = request.param
-    return chosen
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(7)
+@pytest.fixture(params=IMPLEMENTATIONS)
+def ops(request: pytest.FixtureRequest) -> Iterator[Ops]:
+    """With its device as torch's default, so that a test makes its tensors there."""
+    chosen, device = IMPLEMENTATIONS[request.param]
+    with torch.device(device):
+        torch.manual_seed(7)
+        yield chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +102,7 @@ class Sequences:
             [c.cached + c.new for c in chunks],
             block_tables=self.tables,
             block_tokens=self.model.block_tokens,
+            device=self.kv.base.device,
         )
 
     def rows(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -114,7 +123,11 @@ class Sequences:
             if not chunk.cached:
                 continue
             batch = BatchLayout.build(
-                [chunk.cached], [chunk.cached], block_tables=[table], block_tokens=self.model.block_tokens
+                [chunk.cached],
+                [chunk.cached],
+                block_tables=[table],
+                block_tokens=self.model.block_tokens,
+                device=self.kv.base.device,
             )
             half = self.model.head_dim // 2
             cos, sin = torch.ones(8192, half), torch.zeros(8192, half)
@@ -232,6 +245,32 @@ def _stored(kv: KvView, batch: BatchLayout, *, layer: int) -> tuple[Tensor, Tens
     return k, v
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_single_tokens_are_copied_to_other_slots(ops: Ops, dtype: torch.dtype) -> None:
+    """The other token of a pair may go along; all others stay."""
+    layout = KvLayout(num_layers=2, num_kv_heads=3, head_dim=48, block_tokens=16, dtype=dtype)
+    source, target = KvView.empty(6, layout, torch.get_default_device()), KvView.empty(9, layout, torch.get_default_device())
+    source.base.view(dtype).copy_(torch.randn(source.base.numel() // dtype.itemsize))
+    pages, slots, offsets = (torch.tensor(values) for values in ([5, 0, 3], [8, 2, 4], [7, 4, 15]))
+    ops.copy_tokens(source, target, layer=1, tokens=TokenCopies(pages, slots, offsets))
+    for page, slot, offset in zip(pages.tolist(), slots.tolist(), offsets.tolist(), strict=True):
+        for held, stored in zip(_tokens(source, page, layer=1), _tokens(target, slot, layer=1), strict=True):
+            assert torch.equal(held[:, offset], stored[:, offset])
+            others = [token for token in range(16) if token not in (offset, offset ^ 1)]
+            assert not stored[:, others].any()
+    assert not target.keys(0).any()
+    assert not target.values(0).any()
+
+
+def _tokens(kv: KvView, slot: int, *, layer: int) -> tuple[Tensor, Tensor]:
+    """K and V of one block, [kv_heads, block_tokens, head_dim] each."""
+    lay = kv.layout
+    k, v = kv.keys(layer)[slot], kv.values(layer)[slot]
+    if lay.is_packed:
+        return k.permute(0, 2, 1, 3).flatten(2), v.permute(0, 1, 3, 2).flatten(1, 2)
+    return k.transpose(1, 2), v
+
+
 # Attention
 
 
@@ -314,10 +353,11 @@ def test_attention_of_any_batch(
     dtype: torch.dtype,
     window: int | None,
 ) -> None:
-    for ops in IMPLEMENTATIONS:
-        seqs = Sequences(Model(*grouping, head_dim, block_tokens, dtype), chunks)
-        seqs.prime(ops)
-        assert_close(seqs.step(ops, chunks, window=window), seqs.expected(window=window), dtype)
+    for ops, device in IMPLEMENTATIONS.values():
+        with torch.device(device):
+            seqs = Sequences(Model(*grouping, head_dim, block_tokens, dtype), chunks)
+            seqs.prime(ops)
+            assert_close(seqs.step(ops, chunks, window=window), seqs.expected(window=window), dtype)
 
 
 # Linear
@@ -401,7 +441,9 @@ def test_what_the_kernels_do_not_know_goes_to_torch(dtype: torch.dtype, head_dim
     assert load_ops("cpu", dtype=dtype, head_dim=head_dim).name == "torch"
 
 
+@pytest.mark.parametrize("ops", [name for name in IMPLEMENTATIONS if name != "triton"], indirect=True)
 def test_a_slot_outside_the_arena_is_refused(ops: Ops) -> None:
+    """On a GPU it would be the end of the process; the engine refuses such pages before."""
     model = Model(heads=2, kv_heads=1, head_dim=32, block_tokens=16, dtype=F32)
     seqs = Sequences(model, [Chunk(0, 4)])
     seqs.tables = [[seqs.kv.num_slots]]
@@ -417,7 +459,7 @@ def test_several_threads_may_call_at_once(ops: Ops) -> None:
             assert_close(done, expected, F32)
 
 
-@pytest.mark.parametrize("ops", [ops for ops in IMPLEMENTATIONS if ops.name == "cpp"], ids=lambda ops: ops.name)
+@pytest.mark.parametrize("ops", [name for name in IMPLEMENTATIONS if name == "cpp"], indirect=True)
 def test_a_child_process_has_helpers_of_its_own(ops: Ops) -> None:
     x, weight = torch.randn(1, 256).to(BF16), torch.randn(2048, 256).to(BF16)
     expected = ops.linear(x, weight)

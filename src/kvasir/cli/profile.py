@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from kvasir.cli.costs import profile_path
-from kvasir.cluster.config import BUILTIN_MODEL, load_config
+from kvasir.cluster.config import BUILTIN_MODEL, ServeConfig, load_config
 from kvasir.cluster.model import model_spec
 from kvasir.core.errors import ConfigError
 from kvasir.core.request import Sampling
@@ -41,6 +41,7 @@ def profile(
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
     block_tokens: Annotated[int, typer.Option(help="Tokens in a block.")] = 64,
     threads: Annotated[int | None, typer.Option(help="Threads of the engine (default: all cores).")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     budget: Annotated[str, typer.Option(help="Stop measuring larger sizes after this long.")] = "90s",
 ) -> None:
     """Measure prefill and decode of a model on this machine, fit predicted seconds, and keep them for `kvasir serve`.
@@ -51,17 +52,16 @@ def profile(
     """
     os.environ["OMP_NUM_THREADS"] = str(threads or os.cpu_count() or 1)
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    asyncio.run(_profile(model, out, dtype=dtype, block_tokens=block_tokens, threads=threads, budget_s=parse_duration(budget)))
+    flags = {"model": model, "dtype": dtype, "block_tokens": block_tokens, "threads": threads, "device": device}
+    asyncio.run(_profile(load_config(None, flags), out, budget_s=parse_duration(budget)))
 
 
-async def _profile(
-    model: str, out: Path | None, *, dtype: str, block_tokens: int, threads: int | None, budget_s: float
-) -> None:
+async def _profile(config: ServeConfig, out: Path | None, *, budget_s: float) -> None:
     from kvasir.engine.torch.engine import TorchEngine
 
     console = Console(stderr=True, highlight=False)
-    spec = model_spec(load_config(None, {"model": model, "dtype": dtype, "block_tokens": block_tokens, "threads": threads}))
-    engine = await TorchEngine.load(spec)
+    spec = model_spec(config)
+    engine = await TorchEngine.load(spec, device=config.device)
     engine.attach(_private_slots(engine))
     try:
         prefills, decodes = await _measure(engine, console, budget_s)
@@ -70,7 +70,7 @@ async def _profile(
     fitted = FittedCost(
         fit_prefill(prefills), fit_decode(decodes), transfer_latency_s=1e-4, transfer_bandwidth=_copy_bandwidth()
     )
-    path = out or profile_path(spec)
+    path = out or profile_path(spec, config.device)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(fitted.to_json())
     _show(console, prefills, decodes, fitted)

@@ -83,7 +83,7 @@ async def run_server(config: ServeConfig) -> None:
     screen.model(spec)
     if spec.max_model_len < whole.max_model_len:
         screen.say(f"--dram {config.dram} limits the context to {spec.max_model_len:,} of {whole.max_model_len:,} tokens")
-    costs = load_costs(config.profile, spec, link_bytes_s=config.link_bytes_s)
+    costs = _costs(config, spec)
     tokenizer = Tokenizer.load(spec.path)
     gateway = GatewayConfig(
         served_model_name=spec.name,
@@ -119,9 +119,7 @@ async def run_joined(config: ServeConfig) -> None:
     def joined(node: str) -> None:
         screen.say(f"[bold green]joined[/bold green] {config.join} as [bold]{node}[/bold]; Ctrl-C drains it and leaves")
 
-    await JoinedNode(
-        config, spec, load_costs(config.profile, spec, link_bytes_s=config.link_bytes_s), leave=stop, on_joined=joined
-    ).run()
+    await JoinedNode(config, spec, _costs(config, spec), leave=stop, on_joined=joined).run()
     screen.say("left the cluster")
 
 
@@ -249,3 +247,7 @@ class _Screen:
             if not cluster.hub.status().ready:
                 self.say("waiting for nodes: no instance here prefills, or none decodes")
         self.say("docs at /docs, metrics at /metrics; Ctrl-C stops everything")
+
+
+def _costs(config: ServeConfig, spec: ModelSpec) -> FittedCost | RooflineCost:
+    return load_costs(config.profile, spec, device=config.device, link_bytes_s=config.link_bytes_s)

@@ -72,7 +72,7 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     engine: Annotated[
         Literal["torch", "fake"], _about("torch, or fake: predicted time instead of computation, for trying out traffic.")
     ] = "torch"
-    device: Annotated[Literal["cpu", "cuda"], _about("cpu or cuda.")] = "cpu"
+    device: Annotated[Literal["cpu", "cuda"], _about("cpu, or cuda: the instances of a node share its GPUs in turn.")] = "cpu"
     threads: Annotated[
         int | None, _about("Threads of each instance (default: all cores; instances share them by priority).")
     ] = None

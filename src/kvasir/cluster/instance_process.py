@@ -32,9 +32,10 @@ BAD_SETUP_EXIT = 2
 
 
 class InstanceSetup(Struct, frozen=True):
-    """Everything that an instance process is told when it starts."""
+    """Everything that an instance process is told when it starts; it is the node's instance of this `number`, from 0."""
 
     info: InstanceInfo
+    number: int
     spec: ModelSpec
     costs: FittedCost | RooflineCost
     num_slots: int
@@ -82,8 +83,10 @@ async def _load_engine(setup: InstanceSetup, on_progress: Callable[[float, str],
 
     return await TorchEngine.load(
         setup.spec,
-        device="cuda" if setup.config.device == "cuda" else "cpu",
-        low_priority=setup.info.role is Role.PREFILL,
+        device=setup.config.device,
+        number=setup.number,
+        of=sum(setup.config.roles),
+        low_priority=setup.info.role is Role.PREFILL and setup.config.device == "cpu",
         on_progress=report,
     )
 

@@ -85,6 +85,8 @@ class NodeProcesses:
         self._lifeline = Lifeline()
         self._pool_address = ipc_address(setup.directory, "pool")
         self._clock = asyncio.get_running_loop().time
+        self._infos = self._instances()
+        self._numbers = {info.id: number for number, info in enumerate(self._infos)}
         self._children: dict[str, _Child] = {}
         self._stopping = asyncio.Event()
         self._log = structlog.get_logger().bind(part="launcher")
@@ -100,7 +102,7 @@ class NodeProcesses:
 
     async def start(self) -> None:
         await self._start_pool()
-        for info in self._instances():
+        for info in self._infos:
             await self._start_instance(info)
 
     async def stop(self) -> None:
@@ -166,6 +168,7 @@ class NodeProcesses:
         setup = self._setup
         instance = InstanceSetup(
             info=info,
+            number=self._numbers[info.id],
             spec=setup.spec,
             costs=setup.costs,
             num_slots=setup.num_slots,

@@ -50,8 +50,19 @@ SIZES: dict[str, dict[str, int]] = {
         "vocab_size": 32000,
         "max_position_embeddings": 32768,
     },
+    "8b": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+    },
 }
-"""`tiny` (56M parameters) and `small` (415M) are the models of the engine's benchmarks; `nano` is for tests."""
+"""`tiny` (56M parameters) and `small` (415M) are the models of the engine's benchmarks, `8b` (as Llama 3's) of those on a GPU;
+`nano` is for tests."""
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -88,16 +99,18 @@ def make_checkpoint(
     tie: bool = False,
     vocab: int | None = None,
     overrides: dict[str, Any] | None = None,
+    device: str = "cpu",
 ) -> Path:
     """Write a checkpoint with random weights, a byte-level tokenizer and a chat template; the directory is returned.
 
-    `overrides` are fields of the family's configuration, over those of `size`. The same arguments give the same bytes.
+    `overrides` are fields of the family's configuration, over those of `size`. The same arguments give the same bytes;
+    on a GPU large models are drawn faster.
     """
     fields = SIZES[size] | FAMILIES[family] | ({} if vocab is None else {"vocab_size": vocab}) | (overrides or {})
     config = AutoConfig.for_model(
         family, tie_word_embeddings=tie, pad_token_id=None, bos_token_id=None, eos_token_id=_END, **fields
     )
-    with torch.random.fork_rng(devices=[]), quiet_transformers():
+    with torch.random.fork_rng(devices=[]), quiet_transformers(), torch.device(device):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
         _sharpen(model)
@@ -154,6 +167,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shards", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="where the weights are drawn: cpu or cuda")
     parser.add_argument("--tie", action="store_true", help="share the embedding with the output layer")
     args = parser.parse_args()
     make_checkpoint(**vars(args))

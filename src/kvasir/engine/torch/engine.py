@@ -24,6 +24,7 @@ from kvasir.engine.torch.hf import HfModel
 from kvasir.engine.torch.kernels import BatchLayout, KvLayout, Ops, load_ops
 from kvasir.engine.torch.kv import KvAccess, in_place_kv
 from kvasir.engine.torch.lean import LeanModel, Progress, SampleRows, is_lean
+from kvasir.engine.torch.place import place
 from kvasir.engine.torch.sampling import Draw, Sampler
 
 
@@ -47,14 +48,20 @@ class TorchEngine:
         spec: ModelSpec,
         *,
         device: Literal["cpu", "cuda"] = "cpu",
+        number: int = 0,
+        of: int = 1,
         low_priority: bool = False,
         ops: Ops | None = None,
         device_kv_slots: int | None = None,
         on_progress: Progress | None = None,
     ) -> None:
-        """`ops` overrides the kernels. `device_kv_slots` blocks are kept on the device; None on a CPU: the arena in place."""
+        """Engine `number` of the `of` on this machine, which share its GPUs. `ops` overrides the kernels.
+
+        `device_kv_slots` blocks are kept on the device; None: what its memory holds, and on a CPU the arena in place.
+        """
         self.spec = spec
-        self._device = torch.device(device)
+        self._place = place(device, number=number, of=of)
+        self._device = self._place.device
         self._dtype = DTYPES[spec.dtype]
         self._layout = _layout(spec)
         self._ops = ops or load_ops(self._device, dtype=self._dtype, head_dim=spec.shape.head_dim)
@@ -75,11 +82,15 @@ class TorchEngine:
         spec: ModelSpec,
         *,
         device: Literal["cpu", "cuda"] = "cpu",
+        number: int = 0,
+        of: int = 1,
         low_priority: bool = False,
         on_progress: Progress | None = None,
     ) -> TorchEngine:
         """Construct without blocking the event loop."""
-        return await asyncio.to_thread(cls, spec, device=device, low_priority=low_priority, on_progress=on_progress)
+        return await asyncio.to_thread(
+            cls, spec, device=device, number=number, of=of, low_priority=low_priority, on_progress=on_progress
+        )
 
     @property
     def kernels(self) -> str:
@@ -92,8 +103,9 @@ class TorchEngine:
         self._num_slots = len(slots.memory) // slots.stride
         if self._device.type == "cpu" and self._device_kv_slots is None:
             self._kv = in_place_kv(slots, self._layout)
-        else:
-            self._kv = DeviceKv(slots, self._layout, device=self._device, num_slots=self._device_kv_slots)
+            return
+        on_device = self._device_kv_slots or self._place.pages_that_fit(self._layout, at_most=self._num_slots)
+        self._kv = DeviceKv(slots, self._layout, ops=self._ops, device=self._device, num_slots=on_device)
 
     async def step(self, slices: Sequence[SequenceSlice]) -> StepResult:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.step_now, slices)
@@ -101,6 +113,8 @@ class TorchEngine:
     async def close(self) -> None:
         """Wait for the step under way, then free the model and forget the arena."""
         await asyncio.to_thread(self._thread.shutdown)
+        if self._kv is not None:
+            self._kv.close()
         self._model = self._kv = None
 
     def step_now(self, slices: Sequence[SequenceSlice]) -> StepResult:

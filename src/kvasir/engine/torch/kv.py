@@ -37,6 +37,9 @@ class KvAccess(Protocol):
     def abort(self) -> None:
         """The step failed: nothing that it wrote may be trusted."""
 
+    def close(self) -> None:
+        """No step comes any more: let go of the arena."""
+
 
 class InPlaceKv:
     """KV in memory that attention reads and writes where it lies; nothing is moved. With a `landing` it may be yet to come."""
@@ -61,6 +64,9 @@ class InPlaceKv:
         pass
 
     def abort(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 

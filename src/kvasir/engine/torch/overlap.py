@@ -56,7 +56,7 @@ class NoOverlap:
 
 
 class CudaOverlap:
-    """A stream of its own for copies. Not yet run on a GPU."""
+    """A stream of its own for copies."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kvasir.engine.torch.kernels.batch import BatchLayout
 from kvasir.engine.torch.kernels.layout import KvView
-from kvasir.engine.torch.kernels.ops import PackedWeight
+from kvasir.engine.torch.kernels.ops import PackedWeight, TokenCopies
+from kvasir.engine.torch.kernels.torch_ops import copy_tokens
 
 MAX_HEAD_DIM = 256
 # Up to this many tokens our own kernel streams the weight faster than oneDNN multiplies (docs/decisions/0001-cpu-attention.md).
@@ -144,6 +145,9 @@ class CppOps:
             *(tokens, n, k, torch.get_num_threads()),
         )
         return out
+
+    def copy_tokens(self, source: KvView, target: KvView, *, layer: int, tokens: TokenCopies) -> None:
+        copy_tokens(source, target, layer=layer, tokens=tokens)
 
     def pack_weight(self, weight: Tensor) -> Tensor | PackedWeight:
         """oneDNN's own packing; our kernel reads the same bytes where they turn out to be tiles of 64 outputs."""

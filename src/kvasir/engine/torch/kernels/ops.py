@@ -23,6 +23,18 @@ class PackedWeight:
     address: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class TokenCopies:
+    """Single tokens to be copied, int64 [n] each: the one at `offsets[i]` of slot `sources[i]` goes to that of `targets[i]`."""
+
+    sources: Tensor
+    targets: Tensor
+    offsets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+
 class Ops(Protocol):
     """What one decoder layer needs beside the model's own structure. T new tokens, in the order of the BatchLayout.
 
@@ -85,4 +97,11 @@ class Ops(Protocol):
         """The weight [N, K] in the order that `linear` likes best; the caller drops the original.
 
         Returns the weight itself where packing gains nothing.
+        """
+
+    def copy_tokens(self, source: KvView, target: KvView, *, layer: int, tokens: TokenCopies) -> None:
+        """K and V of single tokens from one memory to another of the same layout.
+
+        Where V of two tokens lies together, the other one's may be copied as well: the token before is the same in both
+        memories, the token after nobody has written yet.
         """

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kvasir.engine.torch.kernels.batch import BatchLayout
 from kvasir.engine.torch.kernels.layout import KvView
-from kvasir.engine.torch.kernels.ops import PackedWeight
+from kvasir.engine.torch.kernels.ops import PackedWeight, TokenCopies
 
 
 class TorchOps:
@@ -78,6 +78,20 @@ class TorchOps:
 
     def pack_weight(self, weight: Tensor) -> Tensor | PackedWeight:
         return weight
+
+    def copy_tokens(self, source: KvView, target: KvView, *, layer: int, tokens: TokenCopies) -> None:
+        copy_tokens(source, target, layer=layer, tokens=tokens)
+
+
+def copy_tokens(source: KvView, target: KvView, *, layer: int, tokens: TokenCopies) -> None:
+    """`Ops.copy_tokens`, each token alone."""
+    pages, slots, offsets = tokens.sources, tokens.targets, tokens.offsets
+    target.keys(layer)[slots, :, :, offsets] = source.keys(layer)[pages, :, :, offsets]
+    held, stored = source.values(layer), target.values(layer)
+    if source.layout.is_packed:
+        stored[slots, :, offsets // 2, :, offsets % 2] = held[pages, :, offsets // 2, :, offsets % 2]
+        return
+    stored[slots, :, offsets] = held[pages, :, offsets]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""The operations on a GPU, in Triton; imported only where Triton is."""
