@@ -12,7 +12,7 @@ from kvasir.core.errors import PoolError
 from kvasir.core.pool_events import SsdBlock
 from kvasir.store.arena import create_arena
 from kvasir.store.ssd import SsdFile, SsdOutcome, SsdRead, SsdWrite
-from kvasir.store.ssd.buffers import aligned, pieces_to_read, pieces_to_write
+from kvasir.store.ssd.buffers import aligned, pieces_to_read, views_to_write
 from kvasir.store.ssd.layout import DATA_NAME, DATA_START, RECORD_BYTES, TABLE_NAME, record_offset
 from tests.store.ssd.blocks import SLOT_BYTES, block_of, key_of, opened
 
@@ -79,14 +79,16 @@ def test_a_block_that_nobody_may_write_to_is_written(ssd: SsdFile, shift: int) -
     block = memory[shift : shift + SLOT_BYTES]
     assert ssd.write(3, key_of(5), 0, block) is OK
     assert read_back(ssd, 3, 5) == block.tobytes()
-    assert (pieces_to_write(block).borrowed is None) == (shift == 0), "what lies on a page is not copied"
+    (view,) = views_to_write(block)
+    assert np.shares_memory(np.frombuffer(view, dtype=np.uint8), block) == (shift == 0), "what lies on a page is not copied"
 
 
 def test_slots_of_an_arena_are_never_copied() -> None:
     arena = create_arena(num_slots=2, slot_bytes=8192)
-    for pieces in (pieces_to_write(arena.slot(1)), pieces_to_read(arena.slot(1))):
-        assert pieces.borrowed is None
-        assert np.shares_memory(np.frombuffer(pieces.views[0], dtype=np.uint8), arena.slot(1))
+    pieces = pieces_to_read(arena.slot(1))
+    assert pieces.borrowed is None
+    for view in (*views_to_write(arena.slot(1)), *pieces.views):
+        assert np.shares_memory(np.frombuffer(view, dtype=np.uint8), arena.slot(1))
     arena.close()
 
 

@@ -33,19 +33,23 @@ class Pieces(NamedTuple):
             block[self.start :] = self.borrowed[: block.nbytes - self.start]
 
 
-def pieces_to_write(block: Bytes) -> Pieces:
-    """The pieces of a block with its bytes in them."""
+def views_to_write(block: Bytes) -> tuple[memoryview, ...]:
+    """Memory with the bytes of a block in it."""
+    view = block.data
+    if _is_whole_pages(block, view):
+        return (view,)
     pieces = pieces_to_read(block)
-    if pieces.borrowed is not None:
-        pieces.borrowed[: block.nbytes - pieces.start] = block[pieces.start :]
-    return pieces
+    assert pieces.borrowed is not None, "what is not whole pages borrows some"
+    pieces.borrowed[: block.nbytes - pieces.start] = block[pieces.start :]
+    return pieces.views
 
 
 def pieces_to_read(block: Bytes) -> Pieces:
     """Memory that is to be filled; call `give_back_to` afterwards."""
-    whole = block.nbytes // PAGE_BYTES * PAGE_BYTES if _address(block) % PAGE_BYTES == 0 else 0
-    if whole == block.nbytes:
-        return Pieces((block.data,), whole, None)
+    view = block.data
+    if _is_whole_pages(block, view):
+        return Pieces((view,), view.nbytes, None)
+    whole = block.nbytes // PAGE_BYTES * PAGE_BYTES if _address(block, view) % PAGE_BYTES == 0 else 0
     borrowed = aligned(-(-(block.nbytes - whole) // PAGE_BYTES) * PAGE_BYTES)
     views = (block[:whole].data, borrowed.data) if whole else (borrowed.data,)
     return Pieces(views, whole, borrowed)
@@ -54,12 +58,16 @@ def pieces_to_read(block: Bytes) -> Pieces:
 def aligned(num_bytes: int) -> Bytes:
     """Zeroed memory that starts on a page."""
     roomy = np.zeros(num_bytes + PAGE_BYTES, dtype=np.uint8)
-    start = -_address(roomy) % PAGE_BYTES
+    start = -_address(roomy, roomy.data) % PAGE_BYTES
     return roomy[start : start + num_bytes]
 
 
-def _address(block: Bytes) -> int:
-    if not block.data.readonly:
-        return ctypes.addressof(ctypes.c_char.from_buffer(block.data))
+def _is_whole_pages(block: Bytes, view: memoryview) -> bool:
+    return not (_address(block, view) | view.nbytes) % PAGE_BYTES
+
+
+def _address(block: Bytes, view: memoryview) -> int:
+    if not view.readonly:
+        return ctypes.addressof(ctypes.c_char.from_buffer(view))
     address: int = block.__array_interface__["data"][0]  # takes four times as long
     return address

@@ -27,11 +27,11 @@ from kvasir.core.errors import PoolError
 from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import SsdBlock
 from kvasir.store.arena import PAGE_BYTES
-from kvasir.store.ssd.buffers import Bytes, Pieces, pieces_to_read, pieces_to_write
+from kvasir.store.ssd.buffers import Bytes, pieces_to_read, views_to_write
 from kvasir.store.ssd.file_ops import FileOps, SystemFiles, read_whole, write_whole
 from kvasir.store.ssd.layout import EMPTY_RECORD, Record, data_check_of, place_bytes, place_offset, record_offset
 from kvasir.store.ssd.opening import SsdFiles, SsdPlan, open_files
-from kvasir.store.ssd.requests import SsdOutcome, SsdRead, SsdWrite, require_valid, runs
+from kvasir.store.ssd.requests import SsdOutcome, SsdRead, SsdWrite, is_run, require_valid, runs
 
 MAX_RUN = 256
 """Places in one system call: two buffers each, of the 1024 that the kernel takes."""
@@ -128,6 +128,8 @@ class SsdFile:
         """`write_many` of different places that `require_valid` has seen."""
         outcomes: dict[int, SsdOutcome] = {}
         with self._in_use():
+            if is_run(writes, MAX_RUN):
+                return self._write_run(writes)
             for run in runs(writes, MAX_RUN):
                 outcomes.update(zip([w.ssd_slot for w in run], self._write_run(run), strict=True))
         return [outcomes[write.ssd_slot] for write in writes]
@@ -170,9 +172,9 @@ class SsdFile:
     def _try_write(self, run: Sequence[SsdWrite]) -> None:
         first = run[0].ssd_slot
         self._records[first : first + len(run)] = [None] * len(run)
-        pieces = [pieces_to_write(write.data) for write in run]
+        views = [view for write in run for view in views_to_write(write.data)]
         records = [Record(w.key, next(self._sequence), data_check_of(w.data), w.depth) for w in run]
-        write_whole(self._ops, self._files.data_fd, _views(pieces), self._offset(first), unit=self._unit)
+        write_whole(self._ops, self._files.data_fd, views, self._offset(first), unit=self._unit)
         if not self.is_direct:
             self._ops.sync(self._files.data_fd)  # or the page cache would hold what the arena holds, up to its limit
         self._forget_pages(run)
@@ -192,7 +194,8 @@ class SsdFile:
         """As `_write_run`."""
         pieces = [pieces_to_read(read.into) for read in run]
         try:
-            read_whole(self._ops, self._files.data_fd, _views(pieces), self._offset(run[0].ssd_slot), unit=self._unit)
+            views = [view for piece in pieces for view in piece.views]
+            read_whole(self._ops, self._files.data_fd, views, self._offset(run[0].ssd_slot), unit=self._unit)
         except OSError as error:
             if len(run) > 1:
                 return [outcome for read in run for outcome in self._read_run([read], expected)]
@@ -256,10 +259,6 @@ class SsdFile:
             count = self.errors[name]
         if count & (count - 1) == 0:
             self._log.warning("SSD error", operation=what, ssd_slot=place, error=name, count=count)
-
-
-def _views(pieces: Sequence[Pieces]) -> list[memoryview]:
-    return [view for piece in pieces for view in piece.views]
 
 
 def _older_copies(records: Sequence[Record | None]) -> list[int]:

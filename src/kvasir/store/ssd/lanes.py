@@ -27,17 +27,23 @@ class Job(Generic[Request]):
 
 
 class Lane(Generic[Request]):
-    """At most `limit` requests wait. Not for several threads at once."""
+    """At most `limit` requests wait. Not for several threads at once, but `brought` is the loop's alone.
+
+    That is what came in this turn of the loop. `line_up` puts it in line: so a turn needs the lock once, and neighbours come
+    together.
+    """
 
     def __init__(self, limit: int, perform: Callable[[Sequence[Request]], list[SsdOutcome]]):
         self.limit = limit
         self.perform: Callable[[Sequence[Request]], list[SsdOutcome]] = perform
         self.queue: deque[Job[Request]] = deque()
+        self.brought: list[Job[Request]] = []
         self.meter = Meter()
         self.outcomes = dict.fromkeys(SsdOutcome, 0)
 
-    def add(self, jobs: Sequence[Job[Request]]) -> list[OnDone]:
-        """Put these in line as far as there is room; whom to tell that there was none."""
+    def line_up(self) -> list[OnDone]:
+        """Put what was brought in line as far as there is room; whom to tell that there was none."""
+        jobs, self.brought = self.brought, []
         room = max(0, self.limit - len(self.queue))
         self.queue.extend(jobs[:room])
         return self._dropped(jobs[room:])
@@ -56,10 +62,14 @@ class Lane(Generic[Request]):
             self.queue = deque(job for job in self.queue if not is_chosen(job))
         return self._dropped(dropped)
 
-    def count(self, outcomes: Sequence[SsdOutcome]) -> None:
-        """These came of an operation."""
-        for outcome in set(outcomes):
-            self.outcomes[outcome] += outcomes.count(outcome)
+    def count(self, outcomes: Sequence[SsdOutcome]) -> int:
+        """These came of an operation; how many are good."""
+        good = outcomes.count(SsdOutcome.OK)
+        self.outcomes[SsdOutcome.OK] += good
+        if good < len(outcomes):
+            for outcome in outcomes:
+                self.outcomes[outcome] += outcome is not SsdOutcome.OK
+        return good
 
     def first_deadline(self) -> float | None:
         """Of those that wait."""

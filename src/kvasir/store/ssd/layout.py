@@ -12,7 +12,6 @@ itself by a checksum over the file's id and the number of its place; the bytes o
 
 from __future__ import annotations
 
-import itertools
 import struct
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -39,6 +38,7 @@ _CHECK = struct.Struct("<Q")
 _BODY = struct.Struct("<16sQ16sI12x")  # key, sequence, checksum of the data, depth
 _RECORD = struct.Struct(_BODY.format + "Q")
 _PLACE = struct.Struct("<Q")
+_PLACED = struct.Struct("<16sQ" + _BODY.format[1:])  # file id and place before the body: what its check covers
 EMPTY_RECORD = bytes(RECORD_BYTES)
 
 
@@ -69,8 +69,8 @@ class Record(NamedTuple):
 
     def packed(self, file_id: bytes, place: int) -> bytes:
         """RECORD_BYTES bytes that are valid in this place of this file only."""
-        body = _BODY.pack(self.key, self.sequence, self.data_check, self.depth)
-        return body + _CHECK.pack(xxh3_64_intdigest(file_id + _PLACE.pack(place) + body))
+        placed = _PLACED.pack(file_id, place, self.key, self.sequence, self.data_check, self.depth)
+        return placed[-_BODY.size :] + _CHECK.pack(xxh3_64_intdigest(placed))
 
 
 def read_superblock(page: bytes) -> Superblock | None:
@@ -87,12 +87,11 @@ def read_superblock(page: bytes) -> Superblock | None:
 
 def read_records(raw: bytes, file_id: bytes, first_place: int) -> list[Record | None]:
     """The records of neighbouring places; None where one is empty, torn or damaged."""
-    prefix_and_place = ((file_id + _PLACE.pack(place)) for place in itertools.count(first_place))
     records: list[Record | None] = []
-    for start, (key, sequence, data_check, depth, check), prefix in zip(
-        range(0, len(raw), RECORD_BYTES), _RECORD.iter_unpack(raw), prefix_and_place, strict=False
-    ):
-        is_valid = sequence and check == xxh3_64_intdigest(prefix + raw[start : start + _BODY.size])
+    for number, (key, sequence, data_check, depth, check) in enumerate(_RECORD.iter_unpack(raw)):
+        start = number * RECORD_BYTES
+        placed = file_id + _PLACE.pack(first_place + number) + raw[start : start + _BODY.size]
+        is_valid = sequence and check == xxh3_64_intdigest(placed)
         records.append(Record(key, sequence, data_check, depth) if is_valid else None)
     return records
 

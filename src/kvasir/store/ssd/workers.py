@@ -117,8 +117,8 @@ class SsdWorkers:
                 write_bytes_per_s=writes.meter.bytes_per_s,
                 read_outcomes=dict(reads.outcomes),
                 write_outcomes=dict(writes.outcomes),
-                queued_reads=len(reads.queue),
-                queued_writes=len(writes.queue),
+                queued_reads=len(reads.queue) + len(reads.brought),
+                queued_writes=len(writes.queue) + len(writes.brought),
                 reads_in_flight=reads.meter.in_flight,
                 writes_in_flight=writes.meter.in_flight,
                 oldest_s=max((self._loop.time() - began for began in self._began.values()), default=0.0),
@@ -131,6 +131,7 @@ class SsdWorkers:
 
         False when operations were still under way after `timeout_s`: a disk that hangs. They are answered if they ever end.
         """
+        self._line_up()
         with self._changed:
             self._closing = True
             self._reads.limit = self._writes.limit = 0
@@ -153,28 +154,34 @@ class SsdWorkers:
         return None if timeout_s is None else self._loop.time() + timeout_s
 
     def _submit(self, lane: Lane[Request], jobs: Sequence[Job[Request]]) -> None:
-        with self._changed:
-            dropped = lane.add(jobs)
+        lane.brought += jobs
+        if len(lane.brought) > lane.limit:
+            self._line_up()
         if not self._is_waking:
             self._is_waking = True
             self._loop.call_soon(self._wake)
-        self._tell_dropped(dropped)
         if jobs[0].deadline_s is not None and self._sweep is None:
             self._sweep = self._loop.call_at(jobs[0].deadline_s, self._drop_late)
 
     def _wake(self) -> None:
-        """At the end of the loop's turn, when all that it brought is queued: neighbours are then taken together.
+        """At the end of the loop's turn, when all that it brought is there: neighbours are then taken together.
 
         One thread is enough: each that begins wakes the next while something is left. So as many wake as there are
         operations, which of small blocks are far fewer than blocks.
         """
         self._is_waking = False
+        self._line_up()
+
+    def _line_up(self) -> None:
         with self._changed:
+            dropped = self._reads.line_up() + self._writes.line_up()
             self._changed.notify()
+        self._tell_dropped(dropped)
 
     def _drop_late(self) -> None:
         """Also when every thread hangs in the disk."""
         now = self._loop.time()
+        self._line_up()
         with self._changed:
             late = self._reads.drop(lambda job: job.is_late(now)) + self._writes.drop(lambda job: job.is_late(now))
             deadlines = [d for d in (self._reads.first_deadline(), self._writes.first_deadline()) if d is not None]
@@ -182,6 +189,7 @@ class SsdWorkers:
         self._tell_dropped(late)
 
     def _drop_all(self) -> None:
+        self._line_up()
         with self._changed:
             dropped = self._reads.drop(lambda _: True) + self._writes.drop(lambda _: True)
         if self._sweep is not None:
@@ -247,8 +255,7 @@ class SsdWorkers:
         outcomes = self._outcomes(lane, jobs)
         with self._changed:
             del self._began[threading.get_ident()]
-            lane.meter.ended(self._loop.time(), outcomes.count(SsdOutcome.OK) * self._file.slot_bytes)
-            lane.count(outcomes)
+            lane.meter.ended(self._loop.time(), lane.count(outcomes) * self._file.slot_bytes)
             is_first = not self._done
             self._done.extend(zip([job.on_done for job in jobs], outcomes, strict=True))
         if is_first:
