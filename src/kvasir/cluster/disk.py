@@ -8,7 +8,16 @@ from contextlib import AsyncExitStack
 from kvasir.cluster.pool_host import MESSENGER, MESSENGER_EPOCH, PoolHost
 from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import Erase, Spill, SpillDone, SsdFound
-from kvasir.store.ssd import SsdFile, SsdOutcome, SsdRead, SsdWorkers, SsdWrite
+from kvasir.pool.node import MAX_SPILLING
+from kvasir.store.ssd import SsdFile, SsdOutcome, SsdQueues, SsdRead, SsdWorkers, SsdWrite
+
+SPILLING_BYTES = 8 << 20
+"""Of small blocks so much is on its way to the SSD at a time: with 2 MiB the disk waited for the loop's next turn."""
+
+
+def max_spilling(slot_bytes: int) -> int:
+    """How many blocks of this size the brain may have written at a time; the workers have room for all of them."""
+    return max(MAX_SPILLING, min(SsdQueues().max_writes, SPILLING_BYTES // slot_bytes))
 
 
 class SsdDisk:

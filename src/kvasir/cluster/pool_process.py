@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from kvasir.cluster.bringer import Bringer, Disk, Mover
 from kvasir.cluster.config import choose
-from kvasir.cluster.disk import start_disk
+from kvasir.cluster.disk import max_spilling, start_disk
 from kvasir.cluster.lifeline import child_config, remove_runtime_directory, run_child
 from kvasir.cluster.messages import PeerPool, PoolReport, Shutdown
 from kvasir.cluster.mover import MessengerMover
@@ -369,6 +369,7 @@ def _brain(config: PoolConfig, ssd_slots: int) -> PoolNode:
         _eviction(config),
         ssd_slots=ssd_slots,
         ssd_eviction=_eviction(config),
+        max_spilling=max_spilling(config.slot_bytes),
         low_free=config.num_slots // LOW_FREE,
         high_free=config.num_slots // HIGH_FREE,
     )

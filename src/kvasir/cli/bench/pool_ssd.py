@@ -19,6 +19,7 @@ from typing import Literal
 
 import uvloop
 
+from kvasir.cluster.disk import max_spilling
 from kvasir.core.errors import ConfigError
 from kvasir.store.arena import Arena, create_arena
 from kvasir.store.ssd import SsdFile, SsdOutcome, SsdQueues, SsdRead, SsdWorkers, SsdWrite, open_ssd
@@ -33,7 +34,7 @@ MAX_BLOCKS = 4096
 """With blocks of 64 KiB a turn is shorter: 256 MiB."""
 
 WAITING = 4
-"""Blocks under way or waiting, in depths: as many as the pool's brain lets be written at a time."""
+"""Blocks under way or waiting, in depths, but of small ones as many as the pool's brain lets be written at a time."""
 
 FIO_S = 120.0
 
@@ -151,7 +152,7 @@ class _Bed:
 
 @contextmanager
 def _bed(directory: Path, block_bytes: int, num_blocks: int, depth: int) -> Iterator[_Bed]:
-    arena = create_arena(WAITING * depth, block_bytes)
+    arena = create_arena(max(WAITING * depth, max_spilling(block_bytes)), block_bytes)
     arena.memory[:] = 0x5A
     with tempfile.TemporaryDirectory(prefix="kvasir-bench-", dir=directory) as own:
         plain = Path(own) / "plain"

@@ -28,7 +28,7 @@ from kvasir.store.ssd.requests import Request, SsdOutcome, SsdRead, SsdWrite
 SPARE_THREADS = 1
 """When as many writes are under way as may be, a read starts nevertheless."""
 
-WORTHWHILE_BYTES = 512 << 10
+WORTHWHILE_BYTES = 1 << 20
 """Neighbours are taken together up to here even if threads idle: smaller operations cost more processor than they win."""
 
 SWEEP_S = 0.05
