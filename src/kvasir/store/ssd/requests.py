@@ -51,8 +51,10 @@ Request = TypeVar("Request", SsdWrite, SsdRead)
 
 def is_run(requests: Sequence[Request], max_length: int) -> bool:
     """Whether each is the next one's neighbour, as what a lane takes is: then there is nothing to sort."""
-    first = requests[0].ssd_slot if requests else 0
-    return len(requests) <= max_length and [r.ssd_slot for r in requests] == list(range(first, first + len(requests)))
+    if not 0 < len(requests) <= max_length:
+        return False
+    first = requests[0].ssd_slot
+    return [r.ssd_slot for r in requests] == list(range(first, first + len(requests)))
 
 
 def runs(requests: Sequence[Request], max_length: int) -> Iterator[list[Request]]:
