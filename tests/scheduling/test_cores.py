@@ -6,7 +6,7 @@ from kvasir.core.commands import ShareCores
 from kvasir.core.events import InstanceInfo
 from kvasir.core.request import Role
 from kvasir.scheduling.cores import CoreSharing
-from kvasir.scheduling.fleet import Instance
+from kvasir.scheduling.instance import Instance
 
 
 def instance(name: str, role: Role, node: str = "a", epoch: int = 1) -> Instance:

@@ -12,7 +12,8 @@ from kvasir.costs.quick import quick
 from kvasir.pool.directory import BlockDirectory
 from kvasir.scheduling.decode_choice import DecodeChoice, least_expected_tbt
 from kvasir.scheduling.few import FewView, least_expected_tbt_of_few
-from kvasir.scheduling.fleet import Fleet, Seat
+from kvasir.scheduling.fleet import Fleet
+from kvasir.scheduling.instance import Seat
 from kvasir.scheduling.view import ClusterView
 
 COSTS = quick(FittedCost(PrefillFit(0.0, 1e-3, 0, 0), DecodeFit(0.010, 1e-3, 1e-6), 0.0, 1e6))

@@ -12,7 +12,7 @@ from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
 from kvasir.costs.quick import quick
 from kvasir.scheduling.policies.kvasir import IDLE, MARGIN, SLACK_HORIZON_S, Kvasir
 from kvasir.scheduling.view import ClusterView, PrefillColumns
-from tests.scheduling.views import decode_columns
+from tests.scheduling.views import decode_columns, lengths
 
 COSTS = quick(FittedCost(PrefillFit(0.0, 1e-3, 0, 0), DecodeFit(0.010, 1e-3, 1e-6), 0.0, 1e6))  # 1 ms a token; 1 MB/s
 
@@ -35,8 +35,8 @@ def view(
             ids=tuple(f"p{i}" for i in range(count)),
             wait_s=np.array([wait_s for wait_s, _ in rows]),
             pace=np.array(pace or [1.0] * count),
-            prefix_tokens=np.array(prefix, dtype=np.int64),
-            deep_tokens=np.array(prefix, dtype=np.int64),
+            prefix=lengths(prefix),
+            deep=lengths(prefix),
             queued=zeros,
             queued_tokens=zeros,
             batch=zeros,
@@ -69,7 +69,7 @@ def test_a_fetch_is_made_when_it_is_faster_whatever_the_ratio_of_prefixes() -> N
 
 def test_what_is_on_the_ssd_is_loaded_when_that_is_faster() -> None:
     cluster = view((0.0, 0))
-    prefills = replace(cluster.prefills, deep_tokens=np.array([800]))
+    prefills = replace(cluster.prefills, deep=lengths([800]))
     chosen = place(replace(cluster, prefills=prefills, load_bandwidth=1e6))
     assert (chosen.load_tokens, chosen.prefix_tokens) == (800, 800)
     assert chosen.ttft_s == pytest.approx(0.08 + 0.2)

@@ -15,7 +15,7 @@ from kvasir.scheduling.policies import POLICIES, Choice, Mooncake
 from kvasir.scheduling.policies.llm_d import shortness
 from kvasir.scheduling.strategy import STRATEGIES
 from kvasir.scheduling.view import ClusterView, PrefillColumns
-from tests.scheduling.views import decode_columns
+from tests.scheduling.views import decode_columns, lengths
 
 COSTS = quick(FittedCost(PrefillFit(0.0, 1e-3, 0, 0), DecodeFit(0.010, 1e-3, 1e-6), 0.0, 1e6))  # 1 ms a token; 1 MB/s
 
@@ -50,8 +50,8 @@ def cluster(
             ids=ids,
             wait_s=np.array(wait_s or [0.0] * count),
             pace=np.ones(count),
-            prefix_tokens=ints(prefix),
-            deep_tokens=ints(deep or prefix),
+            prefix=lengths(prefix),
+            deep=lengths(deep or prefix),
             queued=ints(queued),
             queued_tokens=ints(queued_tokens),
             batch=ints(batch),

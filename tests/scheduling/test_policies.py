@@ -13,7 +13,7 @@ from kvasir.costs.quick import quick
 from kvasir.scheduling.decode_choice import DECODE_RULES, DecodeChoice, least_tbt
 from kvasir.scheduling.policies import POLICIES, LeastLoaded, Local, Mooncake, Placement, RandomChoice, RoundRobin
 from kvasir.scheduling.view import ClusterView, DecodeColumns, PrefillColumns
-from tests.scheduling.views import decode_columns
+from tests.scheduling.views import decode_columns, lengths
 
 COSTS = quick(FittedCost(PrefillFit(0.0, 1e-3, 0, 0), DecodeFit(0.010, 1e-3, 1e-6), 0.0, 1e6))  # 1 ms a token; 1 MB/s
 
@@ -28,14 +28,14 @@ def view(
     """Instances p0, p1, ... on nodes n0, n1, ... as (wait, own prefix) for 1,000 tokens; fetching a token takes 0.1 ms."""
     count = len(prefills)
     zeros = np.zeros(count, dtype=np.int64)
-    prefix = np.array([prefix for _, prefix in prefills], dtype=np.int64)
+    prefix = lengths([prefix for _, prefix in prefills])
     return ClusterView(
         prefills=PrefillColumns(
             ids=tuple(f"p{i}" for i in range(count)),
             wait_s=np.array([wait_s for wait_s, _ in prefills], dtype=float),
             pace=np.ones(count),
-            prefix_tokens=prefix,
-            deep_tokens=prefix,
+            prefix=prefix,
+            deep=prefix,
             queued=zeros,
             queued_tokens=zeros,
             batch=zeros,
@@ -178,7 +178,8 @@ def test_ours_decodes_where_the_batch_will_be_small_when_the_prefill_is_done() -
         kv_tokens=np.array([10_000, 10_000]),
         taken_kv=np.array([4000, 0]),
         can_prefill=np.array([False, False]),
-        stays_s=np.array([10.0, 10.0]),
+        queued=np.array([0, 0]),
+        stays=lambda columns: np.array([10.0, 10.0]),
     )
     cluster = view((0, 0), decodes=columns)
     rule = DECODE_RULES["least-expected-tbt"]

@@ -10,7 +10,8 @@ from kvasir.core.events import InstanceInfo
 from kvasir.core.request import Role
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
 from kvasir.costs.model import CostModel
-from kvasir.scheduling.fleet import Fleet, Seat
+from kvasir.scheduling.fleet import Fleet
+from kvasir.scheduling.instance import Seat
 from kvasir.scheduling.roles import HOLD_S, Elastic
 
 COSTS = FittedCost(PrefillFit(0.0, 1e-3, 0, 0), DecodeFit(0.010, 0.0, 1e-6), 0.0, 1e6)  # a step takes 10 ms + 1 us a token

@@ -1,8 +1,15 @@
 """Columns for tests of policies."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from kvasir.scheduling.view import DecodeColumns, Ints
+from kvasir.scheduling.view import DecodeColumns, Ints, Lengths
+
+
+def lengths(tokens: Sequence[int]) -> Lengths:
+    values = sorted(set(tokens))
+    return Lengths(tuple(values), np.array([values.index(value) for value in tokens], dtype=np.int64))
 
 
 def decode_columns(*rows: tuple[str, int, int, int]) -> DecodeColumns:
@@ -26,5 +33,6 @@ def decode_columns(*rows: tuple[str, int, int, int]) -> DecodeColumns:
         kv_tokens=free + context,
         taken_kv=context,
         can_prefill=np.zeros(len(rows), dtype=np.bool_),
-        stays_s=np.full(len(rows), 10.0),
+        queued=np.zeros(len(rows), dtype=np.int64),
+        stays=lambda columns: np.full(len(columns), 10.0),
     )

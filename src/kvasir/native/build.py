@@ -13,8 +13,8 @@ from kvasir.native.load import SOURCES, built_folder
 MODULES = {
     "costs": "quick",
     "pool": "cost_aware directory eviction ghosts leases match node reuse runs slots ssd",
-    "scheduling": "admission batcher book chunking conductor decode_set few fleet placed placer queues replication roles"
-    " sequence step_former",
+    "scheduling": "admission batcher book chunking columns conductor decode_set few fleet instance placed placer queues"
+    " replication roles sequence step_former",
     "scheduling/policies": "best dynamo kvasir mooncake",
     "store/messenger": "fair_queue spans tcp_channel tcp_path tcp_server tcp_transfer tcp_wire",
     "simulator": "agenda cores decoding gaps hub instance jobs memory network node prompts simulation",

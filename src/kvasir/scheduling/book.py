@@ -62,6 +62,11 @@ class PrefillBook:
         """pending, done as of, as of, the most that can be done by now, pace: see `wait_s`, which computes with them."""
         return self.pending_s, self._done_s, self._as_of_s, self._most_s, self._pace
 
+    @property
+    def last_rank(self) -> float:
+        """Of what goes last; -inf where there is nothing."""
+        return self._order[-1].rank if self._order else -math.inf
+
     def wait_s(self, now: float, rank: float = math.inf) -> float:
         """Seconds until all that goes before `rank` will be done; by default, all that was sent."""
         order = self._order

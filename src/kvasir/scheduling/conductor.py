@@ -18,7 +18,8 @@ from kvasir.pool.directory import BlockDirectory
 from kvasir.report.slo import ScaledSlo
 from kvasir.scheduling.cores import CoreSharing
 from kvasir.scheduling.decode_choice import DecodeChoice
-from kvasir.scheduling.fleet import Fleet, Instance, Seat
+from kvasir.scheduling.fleet import Fleet
+from kvasir.scheduling.instance import Instance, Seat
 from kvasir.scheduling.placed import Homeless, Placed, State
 from kvasir.scheduling.placer import ConductorConfig, Placer, Proposal, Rules
 from kvasir.scheduling.plan import Refusal

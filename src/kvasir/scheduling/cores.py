@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from kvasir.core.commands import ShareCores
 from kvasir.core.request import Role
-from kvasir.scheduling.fleet import Instance
+from kvasir.scheduling.instance import Instance
 
 
 class CoreSharing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Final
 
@@ -56,7 +57,7 @@ def least_expected_tbt(view: ClusterView, prefill: Candidate | None, kv_tokens: 
     decodes = view.decodes
     if decodes.can_prefill.all() or not decodes.can_prefill.any():
         return least_tbt(view, prefill, kv_tokens)
-    if prefill is not None and prefill.instance in decodes.ids and view.transfer_s(view.num_prompt_tokens) > prefill.prefill_s:
+    if prefill is not None and _shows(view, prefill):
         return least_tbt(view, prefill, kv_tokens)
     tbt_s = view.costs.decode_steps_s(decodes.batch + 1, decodes.context_tokens + view.num_prompt_tokens)
     held = decodes.kv_tokens - decodes.free_kv_tokens + kv_tokens
@@ -148,10 +149,16 @@ def _tokens_per_s(view: ClusterView) -> Floats:
     return decodes.batch / view.costs.decode_steps_s(np.maximum(1, decodes.batch), decodes.context_tokens)
 
 
+def _shows(view: ClusterView, prefill: Candidate) -> bool:
+    """Whether the hand-off to another would take longer than the prefill that hides it."""
+    return _row_of(view.decodes, prefill) is not None and view.transfer_s(view.num_prompt_tokens) > prefill.prefill_s
+
+
 def _row_of(decodes: DecodeColumns, prefill: Candidate | None) -> int | None:
-    if prefill is None or prefill.instance not in decodes.ids:
+    if prefill is None:
         return None
-    return decodes.ids.index(prefill.instance)
+    row = bisect_left(decodes.ids, prefill.instance)
+    return row if row < len(decodes) and decodes.ids[row] == prefill.instance else None
 
 
 def _choice(view: ClusterView, row: int, kv_tokens: int) -> DecodeChoice:

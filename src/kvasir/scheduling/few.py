@@ -13,7 +13,8 @@ from kvasir.core.commands import Candidate
 from kvasir.costs.quick import QuickCosts
 from kvasir.pool.match import PrefixMatch
 from kvasir.scheduling.decode_choice import FULL, DecodeChoice, DecodeRule, least_expected_tbt, least_tbt, stay
-from kvasir.scheduling.fleet import Fleet, Instance
+from kvasir.scheduling.fleet import Fleet
+from kvasir.scheduling.instance import Instance
 from kvasir.scheduling.view import staged
 
 FEW = 320

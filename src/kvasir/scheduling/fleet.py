@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -13,10 +12,11 @@ from kvasir.core.errors import InvariantError
 from kvasir.core.events import InstanceInfo, InstanceLoad
 from kvasir.costs.model import CostModel
 from kvasir.costs.quick import quick
-from kvasir.pool.match import PrefixMatch, Runs
-from kvasir.scheduling.book import PrefillBook
+from kvasir.pool.match import PrefixMatch
+from kvasir.scheduling.columns import Tables
+from kvasir.scheduling.instance import Instance, Seat, Taken
 from kvasir.scheduling.plan import Outlook
-from kvasir.scheduling.view import Bools, DecodeColumns, Floats, Ints, PrefillColumns
+from kvasir.scheduling.view import DecodeColumns, Floats, Ints, PrefillColumns
 
 LEAST_PACE: Final = 0.02
 """An instance whose decode steps leave no slack still prefills a little: a prediction must stay finite."""
@@ -25,77 +25,12 @@ ROUNDS = 6
 """The longer steps take, the more answers are under way at a time, and so on: each round halves the error, or better."""
 
 
-class Seat:
-    """A place in a decode batch: context that will be read each step, KV that will be held, and from when to when.
-
-    `is_taken`: the request decodes; until then `joins_s` is when its prefill is predicted to be done.
-    """
-
-    __slots__ = ("context_tokens", "is_taken", "joins_s", "kv_tokens", "leaves_s", "stays_s")
-
-    def __init__(self, context_tokens: int, kv_tokens: int, joins_s: float, stays_s: float):
-        self.context_tokens = context_tokens
-        self.kv_tokens = kv_tokens
-        self.joins_s = joins_s
-        self.stays_s = stays_s
-        self.leaves_s = joins_s + stays_s
-        self.is_taken = False
-
-    def join(self, now: float) -> None:
-        self.joins_s, self.leaves_s, self.is_taken = now, now + self.stays_s, True
-
-
-class Taken:
-    """Those of an instance's seats whose requests decode now."""
-
-    __slots__ = ("batch", "context_tokens", "kv_tokens")
-
-    def __init__(self, batch: int = 0, context_tokens: int = 0, kv_tokens: int = 0):
-        self.batch = batch
-        self.context_tokens = context_tokens
-        self.kv_tokens = kv_tokens
-
-    def add(self, seat: Seat, sign: int = 1) -> None:
-        self.batch += sign
-        self.context_tokens += sign * seat.context_tokens
-        self.kv_tokens += sign * seat.kv_tokens
-
-
-@dataclass(slots=True)
-class Instance:
-    """One instance: its own account in `load`, the conductor's in `book` (prefills) and `seats` (decodes)."""
-
-    info: InstanceInfo
-    row: int = 0
-    load: InstanceLoad = field(default_factory=InstanceLoad)
-    heartbeat_s: float | None = None
-    book: PrefillBook = field(default_factory=PrefillBook)
-    seats: dict[str, Seat] = field(default_factory=dict)
-    context_tokens: int = 0
-    kv_tokens: int = 0
-    taken: Taken = field(default_factory=Taken)
-    id: str = ""
-    max_batch: int = 0
-    max_kv_tokens: int = 0
-    can_prefill: bool = False
-    can_decode: bool = False
-
-    def __post_init__(self) -> None:
-        self.introduce(self.info)
-
-    def introduce(self, info: InstanceInfo) -> None:
-        """It is this now. What is asked for in each decision is at hand without a look into `info`."""
-        self.info = info
-        self.id, self.max_batch, self.max_kv_tokens = info.id, info.max_batch, info.kv_tokens
-        self.can_prefill, self.can_decode = info.role.can_prefill, info.role.can_decode
-
-
 class Fleet:
     """All living instances, in order of their ids; KV is reserved per node, whose arena its instances share.
 
-    What placement reads of every instance is kept in columns, one row an instance, so that a decision among a thousand is
-    a few array operations. With `mixed_step_s`, the longest step that an instance may take while it decodes, prefill on it
-    is predicted to run in what decode leaves of that.
+    What placement reads of every instance is kept in columns, too, from when they are first asked for. With `mixed_step_s`,
+    the longest step that an instance may take while it decodes, prefill on it is predicted to run in what decode leaves of
+    that.
     """
 
     def __init__(self, costs: CostModel, mixed_step_s: float | None = None) -> None:
@@ -182,47 +117,19 @@ class Fleet:
     def prefill_columns(
         self, match: PrefixMatch, *, block_tokens: int, now: float, rank: float, avoid: frozenset[str]
     ) -> PrefillColumns:
-        """Instances that can prefill, for a prompt that would queue at `rank`.
+        """Instances that can prefill, for a prompt that would queue at `rank`. Valid until the fleet changes.
 
         Those to `avoid` are left out unless nobody else can do their work.
         """
-        self._refresh()
-        rows = self._without(self._prefill_rows, avoid)
-        prefix_tokens = deep_tokens = self._on_nodes(match, match.runs, block_tokens)[rows]
-        if match.runs_any != match.runs:
-            deep_tokens = self._on_nodes(match, match.runs_any, block_tokens)[rows]
-        ids = self._prefill_ids if rows is self._prefill_rows else self._ids_of(rows)
-        return PrefillColumns(
-            ids=ids,
-            wait_s=self._wait_s(rows, now, rank),
-            pace=self._book[4, rows],
-            prefix_tokens=prefix_tokens,
-            deep_tokens=deep_tokens,
-            queued=self._queued[rows],
-            queued_tokens=self._queued_tokens[rows],
-            batch=self._batch[rows],
-            kv_used=self._kv_used[rows],
-            can_decode=self._can_decode[rows],
-        )
+        columns = self._fresh_tables().prefills.columns(match, block_tokens, now, rank)
+        kept = _without(columns.ids, avoid)
+        return columns if kept is None else columns.only(kept)
 
     def decode_columns(self, avoid: frozenset[str]) -> DecodeColumns:
         """Instances that can decode, as above."""
-        self._refresh()
-        rows = self._without(self._decode_rows, avoid)
-        ids = self._decode_ids if rows is self._decode_rows else self._ids_of(rows)
-        return DecodeColumns(
-            ids=ids,
-            batch=self._batch[rows],
-            context_tokens=self._context[rows],
-            free_kv_tokens=self._free_kv[rows],
-            max_batch=self._max_batch[rows],
-            taken_batch=self._taken[0, rows],
-            taken_context=self._taken[1, rows],
-            kv_tokens=self._kv_tokens[rows],
-            taken_kv=self._taken[2, rows],
-            can_prefill=self._can_prefill[rows],
-            stays_s=self._stays_s(rows),
-        )
+        columns = self._fresh_tables().decodes.columns(self._stays_s)
+        kept = _without(columns.ids, avoid)
+        return columns if kept is None else columns.only(kept)
 
     def free_kv_tokens(self, instance: Instance) -> int:
         """KV of its node that is not spoken for."""
@@ -362,96 +269,59 @@ class Fleet:
 
     def check(self) -> None:
         """Raises InvariantError unless sums, columns and indexes agree with the instances."""
-        self._refresh()
         reserved: dict[str, int] = {}
-        for row, known in enumerate(self._rows):
+        for known in self._rows:
             known.book.check()
             if known.context_tokens != sum(seat.context_tokens for seat in known.seats.values()):
                 raise InvariantError(f"{known.info.id}: context_tokens {known.context_tokens} is not the sum of its seats")
-            if (known.row, int(self._batch[row]), int(self._queued[row])) != (row, len(known.seats), len(known.book)):
-                raise InvariantError(f"{known.info.id}: its columns say batch {self._batch[row]}, queued {self._queued[row]}")
-            if tuple(self._book[:, row]) != known.book.columns or self._context[row] != known.context_tokens:
-                raise InvariantError(f"{known.info.id}: its columns are not those of its book and seats")
             node = known.info.node
             reserved[node] = reserved.get(node, 0) + sum(seat.kv_tokens for seat in known.seats.values())
-        free = [i.info.kv_tokens - reserved[i.info.node] for i in self._rows]
-        if self._free_kv.tolist() != free:
-            raise InvariantError(f"columns say {self._free_kv.tolist()} KV tokens are free, {free} are")
-        roles = ([i.info.role.can_prefill for i in self._rows], [i.info.role.can_decode for i in self._rows])
-        if (self._prefill_rows.tolist(), self._decode_rows.tolist()) != tuple(np.flatnonzero(can).tolist() for can in roles):
-            raise InvariantError(f"rows that prefill {self._prefill_rows}, that decode {self._decode_rows}: roles are {roles}")
+        roles = ([i.id for i in self._rows if i.info.role.can_prefill], [i.id for i in self._rows if i.info.role.can_decode])
+        if ([i.id for i in self._prefillers], [i.id for i in self._decoders]) != roles:
+            raise InvariantError(f"{self._prefillers} prefill, {self._decoders} decode: roles are {roles}")
         if {n: r for n, r in reserved.items() if r} != {n: r for n, r in self._reserved.items() if r}:
             raise InvariantError(f"reserved {self._reserved}, seats sum to {reserved}")
         if list(self._by_id) != sorted(self._by_id) or list(self._by_id.values()) != self._rows:
             raise InvariantError(f"instances are not in order of their ids: {list(self._by_id)}")
+        if self._tables is not None:
+            self._fresh_tables().check_as(Tables(self._rows, self._prefillers, self._decoders, self._reserved))
 
-    # --- columns -----------------------------------------------------------------------------------------------
+    # --- indexes -----------------------------------------------------------------------------------------------
 
     def _index(self) -> None:
         self._by_id = dict(sorted(self._by_id.items()))
         self._rows = list(self._by_id.values())
-        count = len(self._rows)
-        self._ids = tuple(self._by_id)
-        self._rows_of: dict[str, list[int]] = {}
-        self._bit_nodes: tuple[str | None, ...] | None = None
-        self._book: Floats = np.zeros((5, count))
-        self._queued: Ints = np.zeros(count, dtype=np.int64)
-        self._queued_tokens: Ints = np.zeros(count, dtype=np.int64)
-        self._batch: Ints = np.zeros(count, dtype=np.int64)
-        self._context: Ints = np.zeros(count, dtype=np.int64)
-        self._free_kv: Ints = np.zeros(count, dtype=np.int64)
-        self._kv_used: Floats = np.zeros(count)
-        self._taken: Ints = np.zeros((3, count), dtype=np.int64)
-        self._kv_tokens: Ints = np.array([i.info.kv_tokens for i in self._rows], dtype=np.int64)
-        self._max_batch: Ints = np.array([i.info.max_batch for i in self._rows], dtype=np.int64)
+        self._on_node: dict[str, list[Instance]] = {}
+        for known in self._rows:
+            self._on_node.setdefault(known.info.node, []).append(known)
         self._index_roles()
-        for row, known in enumerate(self._rows):
-            known.row = row
-            self._rows_of.setdefault(known.info.node, []).append(row)
-        self._stale_books = set(range(count))
-        self._stale_seats = set(range(count))
 
     def _index_roles(self) -> None:
-        self._can_prefill: Bools = np.array([i.info.role.can_prefill for i in self._rows], dtype=np.bool_)
-        self._can_decode: Bools = np.array([i.info.role.can_decode for i in self._rows], dtype=np.bool_)
-        self._prefill_rows: Ints = np.flatnonzero(self._can_prefill)
-        self._decode_rows: Ints = np.flatnonzero(self._can_decode)
-        self._prefillers = [self._rows[row] for row in self._prefill_rows.tolist()]
-        self._decoders = [self._rows[row] for row in self._decode_rows.tolist()]
+        self._prefillers = [known for known in self._rows if known.can_prefill]
+        self._decoders = [known for known in self._rows if known.can_decode]
+        self._max_kv_tokens = max([known.max_kv_tokens for known in self._decoders], default=0)
         self._masks_nodes = None
-        self._max_kv_tokens = max((i.info.kv_tokens for i in self._decoders), default=0)
-        self._prefill_ids = self._ids_of(self._prefill_rows)
-        self._decode_ids = self._ids_of(self._decode_rows)
+        self._tables: Tables | None = None
 
-    def _ids_of(self, rows: Ints) -> tuple[str, ...]:
-        return tuple(self._ids[row] for row in rows.tolist())
-
-    def _refresh(self) -> None:
-        """Write the rows of what has changed since columns were last wanted: among a few instances that is seldom."""
-        for row in self._stale_books:
-            book = self._rows[row].book
-            self._book[:, row] = book.columns
-            self._queued[row] = len(book)
-            self._queued_tokens[row] = book.tokens
-        self._stale_books.clear()
-        for row in self._stale_seats:
-            known = self._rows[row]
-            taken, kv_tokens, free = known.taken, known.info.kv_tokens, self.free_kv_tokens(known)
-            self._batch[row] = len(known.seats)
-            self._context[row] = known.context_tokens
-            self._taken[:, row] = taken.batch, taken.context_tokens, taken.kv_tokens
-            self._free_kv[row] = free
-            self._kv_used[row] = 1.0 - free / max(1, kv_tokens)
-        self._stale_seats.clear()
+    def _fresh_tables(self) -> Tables:
+        """Made when they are first wanted, which among a few instances is seldom."""
+        tables = self._tables
+        if tables is None:
+            tables = self._tables = Tables(self._rows, self._prefillers, self._decoders, self._reserved)
+        else:
+            tables.refresh()
+        return tables
 
     def _booked(self, known: Instance) -> None:
-        self._stale_books.add(known.row)
+        if self._tables is not None:
+            self._tables.booked(known)
 
     def _seated(self, known: Instance, now: float) -> None:
-        self._stale_seats.update(self._rows_of[known.info.node])
+        if self._tables is not None:
+            self._tables.seated(self._on_node[known.info.node])
         if self._mixed_step_s is not None and known.can_prefill:
             known.book.at_pace(self._pace(known, self._mixed_step_s), now)
-            self._stale_books.add(known.row)
+            self._booked(known)
 
     def _pace(self, known: Instance, step_s: float) -> float:
         """As `expected` has its batch, or what it decodes now if that is more."""
@@ -466,10 +336,10 @@ class Fleet:
         decode_s = self._costs.decode_step_s(batch, context_tokens)
         return max(LEAST_PACE, 1.0 - (decode_s + self._token_s) / step_s)
 
-    def _stays_s(self, rows: Ints) -> Floats:
+    def _stays_s(self, columns: DecodeColumns) -> Floats:
         """As `stays_s`."""
-        batch, context_tokens = self._batch[rows], self._context[rows]
-        least_s = np.where(self._queued[rows] > 0, self._mixed_step_s or 0.0, 0.0)
+        batch, context_tokens = columns.batch, columns.context_tokens
+        least_s = np.where(columns.queued > 0, self._mixed_step_s or 0.0, 0.0)
         step_s = np.maximum(least_s, self._fixed_s)
         for _ in range(ROUNDS):
             share = 1.0 / (1.0 + self.ttft_s / (self.answer_tokens * step_s))
@@ -487,36 +357,13 @@ class Fleet:
         """Of the time between arrival and end, what an answer takes."""
         return 1.0 / (1.0 + self.ttft_s / stays_s)
 
-    def _wait_s(self, rows: Ints, now: float, rank: float) -> Floats:
-        """All that was sent goes first unless somebody queues after `rank`; see PrefillBook.wait_s for the formula."""
-        if rank < self._latest_rank:
-            return np.array([self._rows[row].book.wait_s(now, rank) for row in rows.tolist()])
-        pending_s, done_s, as_of_s, most_s, pace = self._book[:, rows]
-        waits: Floats = (pending_s - np.minimum(done_s + np.maximum(0.0, now - as_of_s) * pace, most_s)) / pace
-        return waits
 
-    def _on_nodes(self, match: PrefixMatch, runs: Runs, block_tokens: int) -> Ints:
-        """Per row, the length of the node's run in tokens: masks become arrays as a whole, for they may name every node."""
-        num_bits = len(match.nodes)
-        by_bit: Ints = np.zeros(num_bits + 1, dtype=np.int64)
-        for mask, count in runs:
-            octets = np.frombuffer(mask.to_bytes(-(-num_bits // 8), "little"), dtype=np.uint8)
-            by_bit[:-1][np.unpackbits(octets, count=num_bits, bitorder="little").view(np.bool_)] = count * block_tokens
-        return by_bit[self._row_bits(match.nodes)]
-
-    def _row_bits(self, nodes: tuple[str | None, ...]) -> Ints:
-        """Per row, the bit of its node in a match's masks, or one more than there are. `nodes` changes only as a whole."""
-        if nodes is not self._bit_nodes:
-            bits = {node: bit for bit, node in enumerate(nodes)}
-            self._bit_nodes = nodes
-            self._bits: Ints = np.array([bits.get(i.info.node, len(nodes)) for i in self._rows], dtype=np.int64)
-        return self._bits
-
-    def _without(self, rows: Ints, avoid: frozenset[str]) -> Ints:
-        if not avoid:
-            return rows
-        kept = np.array([row for row in rows.tolist() if self._ids[row] not in avoid], dtype=np.int64)
-        return kept if len(kept) else rows
+def _without(ids: tuple[str, ...], avoid: frozenset[str]) -> Ints | None:
+    """The rows that remain; None where all do, be it because nobody else can do their work."""
+    if not avoid:
+        return None
+    kept = [row for row, name in enumerate(ids) if name not in avoid]
+    return np.array(kept, dtype=np.int64) if 0 < len(kept) < len(ids) else None
 
 
 def _rounded(number: float) -> int:

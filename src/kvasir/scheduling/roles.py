@@ -12,7 +12,8 @@ from kvasir.core.request import Role
 from kvasir.costs.model import CostModel
 from kvasir.costs.quick import quick
 from kvasir.scheduling.decode_choice import FULL
-from kvasir.scheduling.fleet import LEAST_PACE, Fleet, Instance
+from kvasir.scheduling.fleet import LEAST_PACE, Fleet
+from kvasir.scheduling.instance import Instance
 
 CALM = 0.85
 """Share of its network that an instance's incoming KV may use on average. Most hand-offs are hidden by a prefill that takes ten

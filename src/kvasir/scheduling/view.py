@@ -23,11 +23,32 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 
+class Lengths(Struct, frozen=True, dict=True):
+    """A number of tokens for each row, of which there are few different ones: row `i` has `values[which[i]]`."""
+
+    values: tuple[int, ...]
+    which: Ints
+
+    @cached_property
+    def tokens(self) -> Ints:
+        return np.array(self.values, dtype=np.int64).take(self.which, mode="clip")
+
+    def at(self, row: int) -> int:
+        return self.values[int(self.which[row])]
+
+    def seconds(self, seconds: Callable[[int], float]) -> Floats:
+        """`seconds` of each row, asked for once for each of `values`."""
+        return np.array([seconds(value) for value in self.values], dtype=np.float64).take(self.which, mode="clip")
+
+    def only(self, rows: Ints) -> Lengths:
+        return Lengths(self.values, self.which[rows])
+
+
 class PrefillColumns(Struct, frozen=True):
     """The instances that can prefill, sorted by id, one row each.
 
     `wait_s`: predicted seconds until it gets to this prompt. `pace`: seconds of prefill that it does in a second, below 1
-    where it decodes beside. `prefix_tokens`: of this prompt, cached in DRAM on its node; `deep_tokens`: in DRAM or on SSD.
+    where it decodes beside. `prefix`: of this prompt, cached in DRAM on its node; `deep`: in DRAM or on SSD.
     `queued` prefills of `queued_tokens` new tokens were sent and are not done. `batch` requests decode there or will,
     `kv_used` of its KV memory is spoken for (0 to 1). `can_decode`: what it prefills may stay there.
     """
@@ -35,23 +56,45 @@ class PrefillColumns(Struct, frozen=True):
     ids: tuple[str, ...]
     wait_s: Floats
     pace: Floats
-    prefix_tokens: Ints
-    deep_tokens: Ints
+    prefix: Lengths
+    deep: Lengths
     queued: Ints
     queued_tokens: Ints
     batch: Ints
     kv_used: Floats
     can_decode: Bools
 
+    @property
+    def prefix_tokens(self) -> Ints:
+        return self.prefix.tokens
+
+    @property
+    def deep_tokens(self) -> Ints:
+        return self.deep.tokens
+
+    def only(self, rows: Ints) -> PrefillColumns:
+        return PrefillColumns(
+            ids=tuple([self.ids[row] for row in rows.tolist()]),
+            wait_s=self.wait_s[rows],
+            pace=self.pace[rows],
+            prefix=self.prefix.only(rows),
+            deep=self.deep.only(rows),
+            queued=self.queued[rows],
+            queued_tokens=self.queued_tokens[rows],
+            batch=self.batch[rows],
+            kv_used=self.kv_used[rows],
+            can_decode=self.can_decode[rows],
+        )
+
     def __len__(self) -> int:
         return len(self.ids)
 
 
-class DecodeColumns(Struct, frozen=True):
+class DecodeColumns(Struct, frozen=True, dict=True):
     """The instances that can decode, sorted by id: what each was given already, those still in prefill included.
 
-    Of these, `taken_batch` with `taken_context` and `taken_kv` tokens decode now. An answer stays `stays_s` there.
-    `can_prefill`: it may also do that.
+    Of these, `taken_batch` with `taken_context` and `taken_kv` tokens decode now. `can_prefill`: it may also do that, and has
+    `queued` prefills. An answer stays `stays_s` there, worked out by `stays` if somebody asks.
     """
 
     ids: tuple[str, ...]
@@ -64,7 +107,12 @@ class DecodeColumns(Struct, frozen=True):
     kv_tokens: Ints
     taken_kv: Ints
     can_prefill: Bools
-    stays_s: Floats
+    queued: Ints
+    stays: Callable[[DecodeColumns], Floats]
+
+    @cached_property
+    def stays_s(self) -> Floats:
+        return self.stays(self)
 
     def expected(self, in_s: float) -> DecodeColumns:
         """The batches in so many seconds, if those that decode now leave evenly and those in prefill come evenly till then.
@@ -81,8 +129,28 @@ class DecodeColumns(Struct, frozen=True):
             free_kv_tokens=self.kv_tokens - _mixed(self.taken_kv, assigned_kv, stayed, came),
         )
 
+    def only(self, rows: Ints) -> DecodeColumns:
+        return DecodeColumns(
+            ids=tuple([self.ids[row] for row in rows.tolist()]),
+            batch=self.batch[rows],
+            context_tokens=self.context_tokens[rows],
+            free_kv_tokens=self.free_kv_tokens[rows],
+            max_batch=self.max_batch[rows],
+            taken_batch=self.taken_batch[rows],
+            taken_context=self.taken_context[rows],
+            kv_tokens=self.kv_tokens[rows],
+            taken_kv=self.taken_kv[rows],
+            can_prefill=self.can_prefill[rows],
+            queued=self.queued[rows],
+            stays=self.stays,
+        )
+
     def __len__(self) -> int:
         return len(self.ids)
+
+
+Stays = Callable[[DecodeColumns], Floats]
+"""How long an answer decodes on each of these instances, in seconds."""
 
 
 class ClusterView(Struct, frozen=True, dict=True):
@@ -120,7 +188,7 @@ class ClusterView(Struct, frozen=True, dict=True):
     @cached_property
     def local_s(self) -> Floats:
         """Per instance: prefill from the prefix that its node holds in DRAM."""
-        return _by_value(self.prefill_s, self.prefills.prefix_tokens) / self.prefills.pace
+        return self.prefills.prefix.seconds(self.prefill_s) / self.prefills.pace
 
     @cached_property
     def fetch_s(self) -> Floats:
@@ -128,7 +196,7 @@ class ClusterView(Struct, frozen=True, dict=True):
         if self.source is None:
             return np.full(len(self.prefills), math.inf)
         rest_s = self.prefill_s(self.best_tokens)
-        transfer_s = _by_value(self.transfer_s, self.best_tokens - self.prefills.prefix_tokens)
+        transfer_s = self.prefills.prefix.seconds(lambda own: self.transfer_s(self.best_tokens - own))
         seconds = self.exposed_s(transfer_s, rest_s) + rest_s / self.prefills.pace
         return np.where(transfer_s > 0.0, seconds, math.inf)
 
@@ -136,11 +204,15 @@ class ClusterView(Struct, frozen=True, dict=True):
     def load_s(self) -> Floats:
         """Per instance: read from the node's SSD what is cached there beyond DRAM, prefill the rest; else infinite."""
         prefills = self.prefills
-        if not self.load_bandwidth or not (prefills.deep_tokens > prefills.prefix_tokens).any():
+        if (
+            not self.load_bandwidth
+            or prefills.deep is prefills.prefix
+            or not (prefills.deep_tokens > prefills.prefix_tokens).any()
+        ):
             return np.full(len(prefills), math.inf)
         num_bytes = (prefills.deep_tokens - prefills.prefix_tokens) * float(self.kv_bytes_per_token)
         read_s: Floats = np.true_divide(num_bytes, self.load_bandwidth)
-        rest_s = _by_value(self.prefill_s, prefills.deep_tokens) / prefills.pace
+        rest_s = prefills.deep.seconds(self.prefill_s) / prefills.pace
         return np.where(read_s > 0.0, self.exposed_s(read_s, rest_s) + rest_s, math.inf)
 
     @cached_property
@@ -160,7 +232,7 @@ class ClusterView(Struct, frozen=True, dict=True):
 
     def local(self, row: int) -> Candidate:
         """Use what the node holds in DRAM, compute the rest."""
-        return self._candidate(row, int(self.prefills.prefix_tokens[row]), float(self.local_s[row]))
+        return self._candidate(row, self.prefills.prefix.at(row), float(self.local_s[row]))
 
     def own(self, row: int) -> Candidate:
         """The plan behind `own_s`."""
@@ -168,12 +240,12 @@ class ClusterView(Struct, frozen=True, dict=True):
 
     def fetch(self, row: int) -> Candidate:
         """Bring the longest prefix to the node, compute the rest. Only where `fetch_s` is finite."""
-        own, best = int(self.prefills.prefix_tokens[row]), self.best_tokens
+        own, best = self.prefills.prefix.at(row), self.best_tokens
         return self._candidate(row, best, float(self.fetch_s[row]), fetch_tokens=best - own, source=self.source)
 
     def load(self, row: int) -> Candidate:
         """Read what the node has on SSD, compute the rest. Only where `load_s` is finite."""
-        own, deep = int(self.prefills.prefix_tokens[row]), int(self.prefills.deep_tokens[row])
+        own, deep = self.prefills.prefix.at(row), self.prefills.deep.at(row)
         return self._candidate(row, deep, float(self.load_s[row]), load_tokens=deep - own)
 
     def pipeline(self, rows: list[int]) -> Candidate:
@@ -214,11 +286,3 @@ def staged(view: ClusterView | FewView, group: tuple[str, ...], *, wait_s: float
 
 def _mixed(taken: Ints, assigned: Ints, stayed: Floats, came: Floats) -> Ints:
     return (taken * stayed + (assigned - taken) * came).astype(np.int64)
-
-
-def _by_value(seconds: Callable[[int], float], tokens: Ints) -> Floats:
-    """`seconds` of each row; prefixes are few, so each is asked for once, and its rows are written together."""
-    by_row: Floats = np.empty(len(tokens))
-    for value in set(tokens.tolist()):
-        by_row[tokens == value] = seconds(value)
-    return by_row

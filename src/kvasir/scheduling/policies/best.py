@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from kvasir.core.commands import Candidate
@@ -11,8 +12,21 @@ from kvasir.scheduling.view import Floats
 
 def best_of(scores: Floats, candidate: Callable[[int], Candidate], why: str) -> Choice:
     """The row with the least score, and the next best for the record; the first of equals is the lowest id."""
-    rows = scores.argsort(kind="stable")[:NUM_RECORDED]
-    return Choice(tuple([candidate(row) for row in rows.tolist()]), f"{why} among {len(scores)}")
+    rows = least_rows(scores, min(NUM_RECORDED, len(scores)))
+    return Choice(tuple([candidate(row) for row in rows]), f"{why} among {len(scores)}")
+
+
+def least_rows(scores: Floats, count: int) -> list[int]:
+    """The rows of the least scores, in order; of equals the first goes first. Sorting a thousand takes ten times as long."""
+    left = scores.copy()
+    rows: list[int] = []
+    while len(rows) < count:
+        row = int(left.argmin())
+        if left[row] == math.inf:  # among those left it would be found again
+            return [int(row) for row in scores.argsort(kind="stable")[:count]]
+        left[row] = math.inf
+        rows.append(row)
+    return rows
 
 
 def best_of_few(scores: list[float], candidate: Callable[[int], Candidate], why: str) -> Choice:

@@ -42,11 +42,17 @@ class Kvasir:
     name = "kvasir"
 
     def place(self, view: ClusterView, rng: Random) -> Choice:
-        plans = np.array((view.local_s, view.fetch_s, view.load_s))
-        kinds = plans.argmin(axis=0)
-        ttft_s = _where_wanted(view, view.prefills.wait_s + plans.min(axis=0))
-        makers = (view.local, view.fetch, view.load)
-        alone = best_of(ttft_s, lambda row: makers[kinds[row]](row), "least TTFT of all plans")
+        local_s, fetch_s, load_s = view.local_s, view.fetch_s, view.load_s
+        ttft_s = np.minimum(local_s, fetch_s)
+        np.minimum(ttft_s, load_s, out=ttft_s)
+        ttft_s += view.prefills.wait_s
+
+        def plan(row: int) -> Candidate:
+            if load_s[row] < local_s[row] and load_s[row] < fetch_s[row]:
+                return view.load(row)
+            return view.fetch(row) if fetch_s[row] < local_s[row] else view.local(row)
+
+        alone = best_of(_where_wanted(view, ttft_s), plan, "least TTFT of all plans")
         if view.max_stages == 1 or alone.chosen.ttft_s <= MARGIN * view.due_in_s:
             return alone
         prefills = view.prefills

@@ -29,6 +29,6 @@ class MemServe:
 def _plan(view: ClusterView, row: int) -> Candidate:
     if not np.isfinite(view.fetch_s[row]):
         return view.own(row)
-    transfer_s = view.transfer_s(view.best_tokens - int(view.prefills.prefix_tokens[row]))
+    transfer_s = view.transfer_s(view.best_tokens - view.prefills.prefix.at(row))
     saved_s = view.own_s[row] - view.prefill_s(view.best_tokens) / view.prefills.pace[row]
     return view.fetch(row) if transfer_s <= saved_s else view.own(row)

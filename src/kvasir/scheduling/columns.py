@@ -1,0 +1,270 @@
+"""What placement reads of every instance, kept in columns: a decision among a thousand is then some fifty array operations.
+
+Tables write a row when something has changed there. The columns that they give out are their own, not copies: valid until
+the next is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+
+from kvasir.core.errors import InvariantError
+from kvasir.pool.match import PrefixMatch, Runs
+from kvasir.scheduling.instance import Instance
+from kvasir.scheduling.view import Bools, DecodeColumns, Floats, Ints, Lengths, PrefillColumns, Stays
+
+FEW_NODES: Final = 4
+"""Up to so many nodes of a run are looked up one by one; a mask of a thousand becomes an array in the time of ten."""
+
+
+class PrefillTable:
+    """The instances that can prefill, one row each. `_last_rank`: of the prefill that goes last, -inf where there is none."""
+
+    __slots__ = (
+        "_as_of_s",
+        "_batch",
+        "_bits",
+        "_can_decode",
+        "_done_s",
+        "_ids",
+        "_instances",
+        "_kv_used",
+        "_last_rank",
+        "_most_s",
+        "_nodes",
+        "_pace",
+        "_pending_s",
+        "_queued",
+        "_queued_tokens",
+        "_rows",
+    )
+
+    def __init__(self, instances: list[Instance]) -> None:
+        count = len(instances)
+        self._instances = instances
+        self._ids = tuple([known.id for known in instances])
+        self._rows = {name: row for row, name in enumerate(self._ids)}
+        self._nodes: tuple[str | None, ...] | None = None
+        self._bits: Ints = np.zeros(0, dtype=np.int64)
+        self._pending_s: Floats = np.zeros(count)
+        self._done_s: Floats = np.zeros(count)
+        self._as_of_s: Floats = np.zeros(count)
+        self._most_s: Floats = np.zeros(count)
+        self._pace: Floats = np.ones(count)
+        self._last_rank: Floats = np.full(count, -np.inf)
+        self._queued: Ints = np.zeros(count, dtype=np.int64)
+        self._queued_tokens: Ints = np.zeros(count, dtype=np.int64)
+        self._batch: Ints = np.zeros(count, dtype=np.int64)
+        self._kv_used: Floats = np.zeros(count)
+        self._can_decode: Bools = np.array([known.can_decode for known in instances], dtype=np.bool_)
+
+    def booked(self, known: Instance) -> None:
+        row = self._rows.get(known.id)
+        if row is None:
+            return
+        book = known.book
+        pending_s, done_s, as_of_s, most_s, pace = book.columns
+        self._pending_s[row] = pending_s
+        self._done_s[row] = done_s
+        self._as_of_s[row] = as_of_s
+        self._most_s[row] = most_s
+        self._pace[row] = pace
+        self._last_rank[row] = book.last_rank
+        self._queued[row] = len(book)
+        self._queued_tokens[row] = book.tokens
+
+    def seated(self, known: Instance, free_kv_tokens: int) -> None:
+        row = self._rows.get(known.id)
+        if row is not None:
+            self._batch[row] = len(known.seats)
+            self._kv_used[row] = 1.0 - free_kv_tokens / max(1, known.max_kv_tokens)
+
+    def columns(self, match: PrefixMatch, block_tokens: int, now: float, rank: float) -> PrefillColumns:
+        prefix = deep = self._lengths(match, match.runs, block_tokens)
+        if match.runs_any != match.runs:
+            deep = self._lengths(match, match.runs_any, block_tokens)
+        return PrefillColumns(
+            ids=self._ids,
+            wait_s=self._wait_s(now, rank),
+            pace=self._pace,
+            prefix=prefix,
+            deep=deep,
+            queued=self._queued,
+            queued_tokens=self._queued_tokens,
+            batch=self._batch,
+            kv_used=self._kv_used,
+            can_decode=self._can_decode,
+        )
+
+    def check_as(self, other: PrefillTable) -> None:
+        """Raises InvariantError unless `other`, which was just made, says the same."""
+        _check_same("waits", [self._pending_s, self._done_s, self._as_of_s], [other._pending_s, other._done_s, other._as_of_s])
+        _check_same("paces", [self._most_s, self._pace], [other._most_s, other._pace])
+        _check_same("ranks", [self._last_rank], [other._last_rank])
+        _check_same("queues", [self._queued, self._queued_tokens], [other._queued, other._queued_tokens])
+        _check_same("batches", [self._batch, self._kv_used], [other._batch, other._kv_used])
+
+    def _wait_s(self, now: float, rank: float) -> Floats:
+        """See PrefillBook.wait_s for the formula. All that was sent goes first but what has a later rank."""
+        worked_s: Floats = now - self._as_of_s
+        np.maximum(worked_s, 0.0, out=worked_s)
+        worked_s *= self._pace
+        worked_s += self._done_s
+        np.minimum(worked_s, self._most_s, out=worked_s)
+        wait_s: Floats = self._pending_s - worked_s
+        wait_s /= self._pace
+        is_ahead = self._last_rank > rank
+        if is_ahead.any():
+            for row in np.flatnonzero(is_ahead).tolist():
+                wait_s[row] = self._instances[row].book.wait_s(now, rank)
+        return wait_s
+
+    def _lengths(self, match: PrefixMatch, runs: Runs, block_tokens: int) -> Lengths:
+        """Per row, the length of its node's run in tokens. A mask may name every node: it becomes an array as a whole."""
+        num_bits = len(match.nodes)
+        by_bit: Ints = np.zeros(num_bits + 1, dtype=np.int64)
+        for number, (mask, _) in enumerate(runs):
+            if mask.bit_count() <= FEW_NODES:
+                while mask:
+                    by_bit[mask.bit_length() - 1] = number + 1
+                    mask ^= 1 << (mask.bit_length() - 1)
+                continue
+            octets = np.frombuffer(mask.to_bytes(-(-num_bits // 8), "little"), dtype=np.uint8)
+            is_there = np.unpackbits(octets, count=num_bits, bitorder="little").view(np.bool_)
+            by_bit[:-1][is_there] = number + 1
+        which: Ints = by_bit.take(self._row_bits(match.nodes), mode="clip")
+        return Lengths((0, *[count * block_tokens for _, count in runs]), which)
+
+    def _row_bits(self, nodes: tuple[str | None, ...]) -> Ints:
+        """Per row, the bit of its node in a match's masks, or one more than there are. `nodes` changes only as a whole."""
+        if nodes is not self._nodes:
+            bits = {node: bit for bit, node in enumerate(nodes)}
+            self._nodes = nodes
+            self._bits = np.array([bits.get(known.info.node, len(nodes)) for known in self._instances], dtype=np.int64)
+        return self._bits
+
+
+class DecodeTable:
+    """The instances that can decode, one row each."""
+
+    __slots__ = (
+        "_batch",
+        "_can_prefill",
+        "_context_tokens",
+        "_free_kv_tokens",
+        "_ids",
+        "_kv_tokens",
+        "_max_batch",
+        "_queued",
+        "_rows",
+        "_taken_batch",
+        "_taken_context",
+        "_taken_kv",
+    )
+
+    def __init__(self, instances: list[Instance]) -> None:
+        count = len(instances)
+        self._ids = tuple([known.id for known in instances])
+        self._rows = {name: row for row, name in enumerate(self._ids)}
+        self._queued: Ints = np.zeros(count, dtype=np.int64)
+        self._batch: Ints = np.zeros(count, dtype=np.int64)
+        self._context_tokens: Ints = np.zeros(count, dtype=np.int64)
+        self._free_kv_tokens: Ints = np.zeros(count, dtype=np.int64)
+        self._taken_batch: Ints = np.zeros(count, dtype=np.int64)
+        self._taken_context: Ints = np.zeros(count, dtype=np.int64)
+        self._taken_kv: Ints = np.zeros(count, dtype=np.int64)
+        self._kv_tokens: Ints = np.array([known.max_kv_tokens for known in instances], dtype=np.int64)
+        self._max_batch: Ints = np.array([known.max_batch for known in instances], dtype=np.int64)
+        self._can_prefill: Bools = np.array([known.can_prefill for known in instances], dtype=np.bool_)
+
+    def booked(self, known: Instance) -> None:
+        row = self._rows.get(known.id)
+        if row is not None:
+            self._queued[row] = len(known.book)
+
+    def seated(self, known: Instance, free_kv_tokens: int) -> None:
+        row = self._rows.get(known.id)
+        if row is None:
+            return
+        taken = known.taken
+        self._batch[row] = len(known.seats)
+        self._context_tokens[row] = known.context_tokens
+        self._free_kv_tokens[row] = free_kv_tokens
+        self._taken_batch[row] = taken.batch
+        self._taken_context[row] = taken.context_tokens
+        self._taken_kv[row] = taken.kv_tokens
+
+    def columns(self, stays: Stays) -> DecodeColumns:
+        return DecodeColumns(
+            ids=self._ids,
+            batch=self._batch,
+            context_tokens=self._context_tokens,
+            free_kv_tokens=self._free_kv_tokens,
+            max_batch=self._max_batch,
+            taken_batch=self._taken_batch,
+            taken_context=self._taken_context,
+            kv_tokens=self._kv_tokens,
+            taken_kv=self._taken_kv,
+            can_prefill=self._can_prefill,
+            queued=self._queued,
+            stays=stays,
+        )
+
+    def check_as(self, other: DecodeTable) -> None:
+        """Raises InvariantError unless `other`, which was just made, says the same."""
+        _check_same("batches", [self._batch, self._context_tokens], [other._batch, other._context_tokens])
+        _check_same("free KV", [self._free_kv_tokens, self._queued], [other._free_kv_tokens, other._queued])
+        _check_same(
+            "taken seats",
+            [self._taken_batch, self._taken_context, self._taken_kv],
+            [other._taken_batch, other._taken_context, other._taken_kv],
+        )
+
+
+class Tables:
+    """Both tables, and which rows are out of date. `reserved`: KV tokens by node that are spoken for, its owner's."""
+
+    __slots__ = ("_reserved", "_stale_books", "_stale_seats", "decodes", "prefills")
+
+    def __init__(
+        self, instances: list[Instance], prefillers: list[Instance], decoders: list[Instance], reserved: Mapping[str, int]
+    ) -> None:
+        self._reserved = reserved
+        self._stale_books = {known.id: known for known in instances}
+        self._stale_seats = dict(self._stale_books)
+        self.prefills = PrefillTable(prefillers)
+        self.decodes = DecodeTable(decoders)
+        self.refresh()
+
+    def booked(self, known: Instance) -> None:
+        self._stale_books[known.id] = known
+
+    def seated(self, on_node: list[Instance]) -> None:
+        """Of one of these instances, which share KV memory, the seats have changed."""
+        for known in on_node:
+            self._stale_seats[known.id] = known
+
+    def check_as(self, other: Tables) -> None:
+        """Raises InvariantError unless `other`, which was just made, says the same."""
+        self.prefills.check_as(other.prefills)
+        self.decodes.check_as(other.decodes)
+
+    def refresh(self) -> None:
+        for known in self._stale_books.values():
+            self.prefills.booked(known)
+            self.decodes.booked(known)
+        self._stale_books.clear()
+        for known in self._stale_seats.values():
+            free = known.max_kv_tokens - self._reserved.get(known.info.node, 0)
+            self.prefills.seated(known, free)
+            self.decodes.seated(known, free)
+        self._stale_seats.clear()
+
+
+def _check_same(name: str, own: Sequence[Floats | Ints], others: Sequence[Floats | Ints]) -> None:
+    for mine, other in zip(own, others, strict=True):
+        if not np.array_equal(mine, other):
+            raise InvariantError(f"columns of {name} say {mine.tolist()}, instances {other.tolist()}")
