@@ -1,4 +1,4 @@
-"""Our decode rule number by number chooses as it does by columns."""
+"""Our decode rule number by number, and among many by a bound, chooses as it does by columns."""
 
 from random import Random
 
@@ -10,22 +10,24 @@ from kvasir.core.request import Role
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
 from kvasir.costs.quick import quick
 from kvasir.pool.directory import BlockDirectory
+from kvasir.scheduling import many
 from kvasir.scheduling.decode_choice import DecodeChoice, least_expected_tbt
 from kvasir.scheduling.few import FewView, least_expected_tbt_of_few
 from kvasir.scheduling.fleet import Fleet
 from kvasir.scheduling.instance import Seat
+from kvasir.scheduling.many import least_expected_tbt_of_many
 from kvasir.scheduling.view import ClusterView
 
 COSTS = quick(FittedCost(PrefillFit(0.0, 1e-3, 0, 0), DecodeFit(0.010, 1e-3, 1e-6), 0.0, 1e6))
 STAYS_S = 10.0
 
 
-def random_fleet(rng: Random) -> Fleet:
+def random_fleet(rng: Random, most: int = 4) -> Fleet:
     fleet = Fleet(COSTS, rng.choice((None, 0.06)))
     fleet.answer_tokens = 400.0
     fleet.join(InstanceInfo("a", Role.PREFILL, "na", 1, 10_000, 8))
-    for number in range(rng.randint(1, 4)):
-        name = f"d{number}"
+    for number in range(rng.randint(1, most)):
+        name = f"d{number:02}"
         fleet.join(InstanceInfo(name, rng.choice((Role.DECODE, Role.MIXED)), f"n{number}", 1, 10_000, 8))
         for index in range(rng.randint(0, 8)):
             fleet.sit(name, f"{name}-{index}", Seat(rng.randint(1, 20_000), rng.randint(1, 2000), 0.0, STAYS_S), 0.0)
@@ -36,11 +38,10 @@ def random_fleet(rng: Random) -> Fleet:
     return fleet
 
 
-def both(fleet: Fleet, prefill: Candidate) -> tuple[DecodeChoice, DecodeChoice]:
-    match = BlockDirectory().match(())
-    few = FewView(
+def by_numbers(fleet: Fleet, prefill: Candidate) -> DecodeChoice:
+    view = FewView(
         fleet,
-        match,
+        BlockDirectory().match(()),
         num_prompt_tokens=1000,
         now=0.0,
         rank=0.0,
@@ -53,7 +54,12 @@ def both(fleet: Fleet, prefill: Candidate) -> tuple[DecodeChoice, DecodeChoice]:
         layerwise=True,
         max_stages=1,
     )
-    columns = ClusterView(
+    return least_expected_tbt_of_few(view, prefill, 1100)
+
+
+def columns_of(fleet: Fleet) -> ClusterView:
+    match = BlockDirectory().match(())
+    return ClusterView(
         prefills=fleet.prefill_columns(match, block_tokens=64, now=0.0, rank=0.0, avoid=frozenset()),
         decodes=fleet.decode_columns(frozenset()),
         num_prompt_tokens=1000,
@@ -63,19 +69,31 @@ def both(fleet: Fleet, prefill: Candidate) -> tuple[DecodeChoice, DecodeChoice]:
         kv_bytes_per_token=100,
         tbt_s=0.1,
     )
-    return least_expected_tbt_of_few(few, prefill, 1100), least_expected_tbt(columns, prefill, 1100)
+
+
+def random_prefill(fleet: Fleet, rng: Random) -> Candidate:
+    names = [instance.info.id for instance in fleet.prefillers]
+    return Candidate(rng.choice(names), rng.uniform(0.0, 15.0), 0.0, rng.choice((0.01, 1.0)), 0)
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_both_choose_the_same(seed: int) -> None:
+def test_a_few_choose_as_columns_do(seed: int) -> None:
     rng = Random(seed)
     fleet = random_fleet(rng)
-    names = [instance.info.id for instance in fleet.prefillers]
-    prefill = Candidate(rng.choice(names), rng.uniform(0.0, 15.0), 0.0, rng.choice((0.01, 1.0)), 0)
-    by_numbers, by_columns = both(fleet, prefill)
-    assert by_numbers.instance == by_columns.instance
-    assert (by_numbers.batch, by_numbers.context_tokens, by_numbers.fits) == (
-        by_columns.batch,
-        by_columns.context_tokens,
-        by_columns.fits,
-    )
+    prefill = random_prefill(fleet, rng)
+    assert by_numbers(fleet, prefill) == least_expected_tbt(columns_of(fleet), prefill, 1100)
+
+
+@pytest.mark.parametrize("most_asked", [3, 100])
+@pytest.mark.parametrize("seed", range(100))
+def test_many_choose_as_columns_do_whether_or_not_they_give_up(
+    seed: int, most_asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(many, "MOST_ASKED", most_asked)
+    rng = Random(seed)
+    fleet = random_fleet(rng, most=50)
+    fleet.ttft_s = rng.choice((0.0, 2.0))
+    view = columns_of(fleet)
+    for prefill in [random_prefill(fleet, rng) for _ in range(5)]:
+        of_many = least_expected_tbt_of_many(fleet, view, prefill, 1100)
+        assert of_many == least_expected_tbt(view, prefill, 1100)

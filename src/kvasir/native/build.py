@@ -13,7 +13,7 @@ from kvasir.native.load import SOURCES, built_folder
 MODULES = {
     "costs": "quick",
     "pool": "cost_aware directory eviction ghosts leases match node reuse runs slots ssd",
-    "scheduling": "admission batcher book chunking columns conductor decode_set few fleet instance placed placer queues"
+    "scheduling": "admission batcher book chunking columns conductor decode_set few fleet instance many placed placer queues"
     " replication roles sequence step_former",
     "scheduling/policies": "best dynamo kvasir mooncake",
     "store/messenger": "fair_queue spans tcp_channel tcp_path tcp_server tcp_transfer tcp_wire",

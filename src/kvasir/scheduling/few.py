@@ -141,24 +141,29 @@ def least_expected_tbt_of_few(view: FewView, prefill: Candidate | None, kv_token
     if prefill is None:
         return least_tbt_of_few(view, prefill, kv_tokens)
     in_s = prefill.ttft_s
-    batches = [_then(view.fleet, known, in_s) for known in view.decoders]
+    batches = [expected_batch(view.fleet, known, in_s) for known in view.decoders]
     is_shown = _row_of(view, prefill) is not None and view.transfer_s(view.num_prompt_tokens) > prefill.prefill_s
     only = [] if is_shown else [row for row, known in enumerate(view.decoders) if not known.can_prefill]
     if only and len(only) < len(batches):
-        rooms = [(tbt_s, row) for row in only if (tbt_s := _tbt_with_room_s(view, row, batches[row], kv_tokens)) is not None]
+        rooms = [(tbt_s, row) for row in only if (tbt_s := _with_room_s(view, row, batches[row], kv_tokens)) is not None]
         if rooms:
             row = min(rooms)[1]
             return _choice(view, view.decoders[row], batches[row], kv_tokens)
     return _least_tbt(view, prefill, kv_tokens, batches)
 
 
-def _tbt_with_room_s(view: FewView, row: int, expected: _Batch, kv_tokens: int) -> float | None:
-    """The step time with the request in it where that leaves a burst room, else None."""
+def _with_room_s(view: FewView, row: int, expected: Batch, kv_tokens: int) -> float | None:
+    return roomy_tbt_s(view.costs, view.decoders[row], expected, view.num_prompt_tokens, kv_tokens, view.tbt_s)
+
+
+def roomy_tbt_s(
+    costs: QuickCosts, known: Instance, expected: Batch, num_prompt_tokens: int, kv_tokens: int, most_s: float
+) -> float | None:
+    """The step time with the request in it where that leaves a burst room, else None; `most_s` is the TBT objective."""
     batch, context_tokens, free = expected
-    known = view.decoders[row]
-    tbt_s = view.costs.decode_step_s(batch + 1, context_tokens + view.num_prompt_tokens)
+    tbt_s = costs.decode_step_s(batch + 1, context_tokens + num_prompt_tokens)
     held = known.max_kv_tokens - free + kv_tokens
-    has_room = batch + 1 <= FULL * known.max_batch and held <= FULL * known.max_kv_tokens and tbt_s <= FULL * view.tbt_s
+    has_room = batch + 1 <= FULL * known.max_batch and held <= FULL * known.max_kv_tokens and tbt_s <= FULL * most_s
     return tbt_s if has_room else None
 
 
@@ -177,15 +182,15 @@ RULES_OF_FEW: dict[DecodeRule, DecodeRuleOfFew] = {
 }
 """Decode rule → the same, number by number."""
 
-_Batch = tuple[int, int, int]
+Batch = tuple[int, int, int]
 """An instance's decode batch, its context tokens, and the KV tokens that are free."""
 
 
-def _now(fleet: Fleet, known: Instance) -> _Batch:
+def _now(fleet: Fleet, known: Instance) -> Batch:
     return len(known.seats), known.context_tokens, fleet.free_kv_tokens(known)
 
 
-def _then(fleet: Fleet, known: Instance, in_s: float) -> _Batch:
+def expected_batch(fleet: Fleet, known: Instance, in_s: float) -> Batch:
     """As DecodeColumns.expected has it."""
     stays_s = fleet.stays_s(known)
     stayed = max(0.0, 1.0 - in_s / stays_s)
@@ -199,7 +204,7 @@ def _then(fleet: Fleet, known: Instance, in_s: float) -> _Batch:
     )
 
 
-def _least_tbt(view: FewView, prefill: Candidate | None, kv_tokens: int, batches: list[_Batch]) -> DecodeChoice:
+def _least_tbt(view: FewView, prefill: Candidate | None, kv_tokens: int, batches: list[Batch]) -> DecodeChoice:
     own = _row_of(view, prefill)
     if own is not None and (choice := _choice(view, view.decoders[own], batches[own], kv_tokens)).fits:
         return choice
@@ -224,9 +229,14 @@ def _row_of(view: FewView, prefill: Candidate | None) -> int | None:
     return None
 
 
-def _choice(view: FewView, known: Instance, expected: _Batch, kv_tokens: int) -> DecodeChoice:
+def _choice(view: FewView, known: Instance, expected: Batch, kv_tokens: int) -> DecodeChoice:
+    return choice_of(view.costs, known, expected, view.num_prompt_tokens, kv_tokens)
+
+
+def choice_of(costs: QuickCosts, known: Instance, expected: Batch, num_prompt_tokens: int, kv_tokens: int) -> DecodeChoice:
+    """`known` is chosen, and its batch will be `expected`."""
     batch, max_batch = expected[0] + 1, known.max_batch
-    context = expected[1] + view.num_prompt_tokens
+    context = expected[1] + num_prompt_tokens
     fits = batch <= max_batch and kv_tokens <= expected[2]
     ahead = 0 if fits else max(1, batch - max_batch)
-    return DecodeChoice(known.id, view.costs.decode_step_s(batch, context), batch, context, fits, ahead)
+    return DecodeChoice(known.id, costs.decode_step_s(batch, context), batch, context, fits, ahead)

@@ -173,8 +173,10 @@ class Fleet:
 
         Not as it is now: whoever has a small batch just now would seem fast, and be given all that comes.
         """
-        batch, context_tokens = len(instance.seats), instance.context_tokens
         least_s = self._mixed_step_s if self._mixed_step_s is not None and len(instance.book) else 0.0
+        return self._long_run_s(len(instance.seats), instance.context_tokens, least_s)
+
+    def _long_run_s(self, batch: int, context_tokens: int, least_s: float) -> float:
         step_s = max(least_s, self._fixed_s)
         for _ in range(ROUNDS):
             share = self._decode_share(self.answer_tokens * step_s)
@@ -186,6 +188,11 @@ class Fleet:
                 break
             step_s = next_s
         return step_s
+
+    @property
+    def least_stays_s(self) -> float:
+        """How long an answer decodes where there is nothing else: nowhere is it faster."""
+        return self.answer_tokens * self._long_run_s(0, 0, 0.0)
 
     def stays_s(self, instance: Instance) -> float:
         """How long an answer decodes on `instance`: its tokens in steps of the long run."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Final, TypeVar
 
@@ -22,6 +23,7 @@ from kvasir.scheduling.admission import MIN_RETRY_S, Admission, ttft_limit_s
 from kvasir.scheduling.decode_choice import DecodeChoice, DecodeRule, least_tbt
 from kvasir.scheduling.few import FEW, RULES_OF_FEW, FewView, least_tbt_of_few
 from kvasir.scheduling.fleet import Fleet
+from kvasir.scheduling.many import RULES_OF_MANY
 from kvasir.scheduling.plan import Plan, Refusal
 from kvasir.scheduling.policies.interface import Choice, Placement, PlacementOfFew
 from kvasir.scheduling.ranks import Rank, first_come
@@ -121,6 +123,7 @@ class Placer:
         "_output_tokens",
         "_rng",
         "_rule_of_few",
+        "_rule_of_many",
         "_rules",
         "_slo",
         "_ttft_s",
@@ -144,6 +147,8 @@ class Placer:
         rule_of_few = RULES_OF_FEW.get(rules.decode)
         self._of_few = rules.policy if rule_of_few is not None and isinstance(rules.policy, PlacementOfFew) else None
         self._rule_of_few = rule_of_few if rule_of_few is not None else least_tbt_of_few
+        rule_of_many = RULES_OF_MANY.get(rules.decode)
+        self._rule_of_many = partial(rule_of_many, fleet) if rule_of_many is not None else rules.decode
         self._rng = rng
         self._fleet = fleet
         self._directory = directory
@@ -183,7 +188,8 @@ class Placer:
                 return self._proposal(request, few, self._rule_of_few, choice, now, rank=rank, due_s=due_s)
         view = self._view(request, match, now, avoid, rank, due_s)
         choice = self._rules.policy.place(view, self._rng)
-        return self._proposal(request, view, self._rules.decode, choice, now, rank=rank, due_s=due_s)
+        rule = self._rules.decode if avoid else self._rule_of_many
+        return self._proposal(request, view, rule, choice, now, rank=rank, due_s=due_s)
 
     def _proposal(
         self,

@@ -196,9 +196,9 @@ class ClusterView(Struct, frozen=True, dict=True):
         if self.source is None:
             return np.full(len(self.prefills), math.inf)
         rest_s = self.prefill_s(self.best_tokens)
-        transfer_s = self.prefills.prefix.seconds(lambda own: self.transfer_s(self.best_tokens - own))
-        seconds = self.exposed_s(transfer_s, rest_s) + rest_s / self.prefills.pace
-        return np.where(transfer_s > 0.0, seconds, math.inf)
+        # infinite, what has not to be fetched stays so whatever is added
+        transfer_s = self.prefills.prefix.seconds(lambda own: self.transfer_s(self.best_tokens - own) or math.inf)
+        return self.exposed_s(transfer_s, rest_s) + rest_s / self.prefills.pace
 
     @cached_property
     def load_s(self) -> Floats:
@@ -228,7 +228,9 @@ class ClusterView(Struct, frozen=True, dict=True):
         """What of a transfer neither waiting in the queue nor computing layer by layer hides."""
         if not self.layerwise:
             return transfer_s
-        return np.maximum(0.0, transfer_s - self.prefills.wait_s - prefill_s)
+        exposed_s: Floats = transfer_s - self.prefills.wait_s
+        exposed_s -= prefill_s
+        return np.maximum(exposed_s, 0.0, out=exposed_s)
 
     def local(self, row: int) -> Candidate:
         """Use what the node holds in DRAM, compute the rest."""

@@ -1,0 +1,111 @@
+"""Our decode rule among many instances: a bound by columns rules most of them out, and who is left is asked number by number.
+
+How long answers stay takes seventy array operations, for instances of which one is chosen. Nobody's are sooner gone than
+where nothing else decodes, and whoever has fewer left by then has shorter steps: that much is known of all at little cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from kvasir.core.commands import Candidate
+from kvasir.scheduling.decode_choice import DecodeChoice, DecodeRule, least_expected_tbt
+from kvasir.scheduling.few import choice_of, expected_batch, roomy_tbt_s
+from kvasir.scheduling.fleet import Fleet
+from kvasir.scheduling.instance import Instance
+from kvasir.scheduling.view import Bools, ClusterView, Floats
+
+MOST_ASKED = 32
+"""One that is asked takes a few microseconds; all at once, by columns, as long as some sixty."""
+
+DecodeRuleOfMany = Callable[[Fleet, ClusterView, Candidate | None, int], DecodeChoice]
+
+
+def least_expected_tbt_of_many(fleet: Fleet, view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
+    """As `least_expected_tbt`, where `view` has all decoders of `fleet`."""
+    if prefill is None:
+        return least_expected_tbt(view, prefill, kv_tokens)
+    search = _Search(fleet, view, prefill.ttft_s, kv_tokens)
+    own = fleet[prefill.instance]
+    is_shown = own.can_decode and view.transfer_s(view.num_prompt_tokens) > prefill.prefill_s
+    can_prefill = view.decodes.can_prefill
+    if not is_shown and can_prefill.any() and not can_prefill.all():
+        row = search.least_with_room(can_prefill)
+        if row is not None:
+            return search.choice(fleet.decoders[row])
+    if search.asks_left and own.can_decode and (choice := search.choice(own)).fits:
+        return choice
+    row = search.least()
+    return least_expected_tbt(view, prefill, kv_tokens) if row is None else search.choice(fleet.decoders[row])
+
+
+RULES_OF_MANY: dict[DecodeRule, DecodeRuleOfMany] = {least_expected_tbt: least_expected_tbt_of_many}
+"""Decode rule → the same, without a look at everyone."""
+
+
+class _Search:
+    """Asks in order of the bound until nobody who is left can be better. It gives up when `asks_left` is 0."""
+
+    __slots__ = ("_fleet", "_in_s", "_kv_tokens", "_view", "asks_left")
+
+    def __init__(self, fleet: Fleet, view: ClusterView, in_s: float, kv_tokens: int):
+        self._fleet = fleet
+        self._view = view
+        self._in_s = in_s
+        self._kv_tokens = kv_tokens
+        self.asks_left = MOST_ASKED
+
+    def choice(self, known: Instance) -> DecodeChoice:
+        view, expected = self._view, expected_batch(self._fleet, known, self._in_s)
+        return choice_of(view.costs, known, expected, view.num_prompt_tokens, self._kv_tokens)
+
+    def least(self) -> int | None:
+        """The row of the least step time; None if it gave up."""
+        return self._least(self._bound_s(), self._tbt_s)
+
+    def least_with_room(self, can_prefill: Bools) -> int | None:
+        """As `least`, among those that only decode and leave a burst room; None also if there are none."""
+        return self._least(np.where(can_prefill, math.inf, self._bound_s()), self._roomy_tbt_s)
+
+    def _least(self, bound_s: Floats, tbt_of: Callable[[int], float]) -> int | None:
+        best: int | None = None
+        least_s = math.inf
+        while self.asks_left:
+            row = int(bound_s.argmin())
+            bound = float(bound_s[row])
+            if bound > least_s or bound == math.inf:
+                return best
+            bound_s[row] = math.inf
+            self.asks_left -= 1
+            tbt_s = tbt_of(row)
+            if tbt_s < least_s or (tbt_s == least_s and best is not None and row < best):
+                best, least_s = row, tbt_s
+        return None
+
+    def _bound_s(self) -> Floats:
+        """By row, what the step time with the request in it is at least, to the last bit: no operation here, nor any cost
+        model, gives less for more.
+        """
+        decodes, in_s, stays_s = self._view.decodes, self._in_s, self._fleet.least_stays_s
+        stayed = max(0.0, 1.0 - in_s / stays_s)
+        came = min(1.0, stays_s / in_s) if in_s > 0.0 else 1.0
+        batch = decodes.taken_batch * stayed + (decodes.batch - decodes.taken_batch) * came
+        context = decodes.taken_context * stayed + (decodes.context_tokens - decodes.taken_context) * came
+        prompt_tokens = self._view.num_prompt_tokens
+        return self._view.costs.decode_steps_s(batch.astype(np.int64) + 1, context.astype(np.int64) + prompt_tokens)
+
+    def _tbt_s(self, row: int) -> float:
+        """As `least_tbt` has it: later than all others where there is no room."""
+        known = self._fleet.decoders[row]
+        batch, context_tokens, free = expected_batch(self._fleet, known, self._in_s)
+        tbt_s = self._view.costs.decode_step_s(batch + 1, context_tokens + self._view.num_prompt_tokens)
+        return tbt_s + 1e6 if batch >= known.max_batch or self._kv_tokens > free else tbt_s
+
+    def _roomy_tbt_s(self, row: int) -> float:
+        view, known = self._view, self._fleet.decoders[row]
+        expected = expected_batch(self._fleet, known, self._in_s)
+        tbt_s = roomy_tbt_s(view.costs, known, expected, view.num_prompt_tokens, self._kv_tokens, view.tbt_s)
+        return math.inf if tbt_s is None else tbt_s
