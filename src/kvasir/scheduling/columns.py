@@ -6,6 +6,7 @@ the next is asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -16,12 +17,16 @@ from kvasir.pool.match import PrefixMatch, Runs
 from kvasir.scheduling.instance import Instance
 from kvasir.scheduling.view import Bools, DecodeColumns, Floats, Ints, Lengths, PrefillColumns, Stays
 
-FEW_NODES: Final = 4
-"""Up to so many nodes of a run are looked up one by one; a mask of a thousand becomes an array in the time of ten."""
+FEW_NODES: Final = 16
+"""Up to so many nodes of a run are looked up one by one; a mask of a thousand becomes an array in the time of twenty."""
 
 
 class PrefillTable:
-    """The instances that can prefill, one row each. `_last_rank`: of the prefill that goes last, -inf where there is none."""
+    """The instances that can prefill, one row each. `_last_rank`: of the prefill that goes last, -inf where there is none.
+
+    Of each node, by the bit that it has in a match's masks, `_rows_of` are its rows; `_bits` has the bit of each row's node, or
+    one more than there are for those that are `_unheard` of.
+    """
 
     __slots__ = (
         "_as_of_s",
@@ -33,6 +38,7 @@ class PrefillTable:
         "_instances",
         "_kv_used",
         "_last_rank",
+        "_latest_rank",
         "_most_s",
         "_nodes",
         "_pace",
@@ -40,6 +46,8 @@ class PrefillTable:
         "_queued",
         "_queued_tokens",
         "_rows",
+        "_rows_of",
+        "_unheard",
     )
 
     def __init__(self, instances: list[Instance]) -> None:
@@ -49,12 +57,15 @@ class PrefillTable:
         self._rows = {name: row for row, name in enumerate(self._ids)}
         self._nodes: tuple[str | None, ...] | None = None
         self._bits: Ints = np.zeros(0, dtype=np.int64)
+        self._unheard: Ints = np.zeros(0, dtype=np.int64)
+        self._rows_of: list[list[int]] = []
         self._pending_s: Floats = np.zeros(count)
         self._done_s: Floats = np.zeros(count)
         self._as_of_s: Floats = np.zeros(count)
         self._most_s: Floats = np.zeros(count)
         self._pace: Floats = np.ones(count)
-        self._last_rank: Floats = np.full(count, -np.inf)
+        self._last_rank: Floats = np.full(count, -math.inf)
+        self._latest_rank = -math.inf
         self._queued: Ints = np.zeros(count, dtype=np.int64)
         self._queued_tokens: Ints = np.zeros(count, dtype=np.int64)
         self._batch: Ints = np.zeros(count, dtype=np.int64)
@@ -73,6 +84,7 @@ class PrefillTable:
         self._most_s[row] = most_s
         self._pace[row] = pace
         self._last_rank[row] = book.last_rank
+        self._latest_rank = max(self._latest_rank, book.last_rank)
         self._queued[row] = len(book)
         self._queued_tokens[row] = book.tokens
 
@@ -83,6 +95,7 @@ class PrefillTable:
             self._kv_used[row] = 1.0 - free_kv_tokens / max(1, known.max_kv_tokens)
 
     def columns(self, match: PrefixMatch, block_tokens: int, now: float, rank: float) -> PrefillColumns:
+        """For a prompt with this match, that would queue at `rank`."""
         prefix = deep = self._lengths(match, match.runs, block_tokens)
         if match.runs_any != match.runs:
             deep = self._lengths(match, match.runs_any, block_tokens)
@@ -116,35 +129,55 @@ class PrefillTable:
         np.minimum(worked_s, self._most_s, out=worked_s)
         wait_s: Floats = self._pending_s - worked_s
         wait_s /= self._pace
-        is_ahead = self._last_rank > rank
-        if is_ahead.any():
-            for row in np.flatnonzero(is_ahead).tolist():
+        if rank < self._latest_rank:
+            for row in np.flatnonzero(self._last_rank > rank).tolist():
                 wait_s[row] = self._instances[row].book.wait_s(now, rank)
         return wait_s
 
     def _lengths(self, match: PrefixMatch, runs: Runs, block_tokens: int) -> Lengths:
-        """Per row, the length of its node's run in tokens. A mask may name every node: it becomes an array as a whole."""
-        num_bits = len(match.nodes)
-        by_bit: Ints = np.zeros(num_bits + 1, dtype=np.int64)
-        for number, (mask, _) in enumerate(runs):
-            if mask.bit_count() <= FEW_NODES:
-                while mask:
-                    by_bit[mask.bit_length() - 1] = number + 1
-                    mask ^= 1 << (mask.bit_length() - 1)
-                continue
-            octets = np.frombuffer(mask.to_bytes(-(-num_bits // 8), "little"), dtype=np.uint8)
-            is_there = np.unpackbits(octets, count=num_bits, bitorder="little").view(np.bool_)
-            by_bit[:-1][is_there] = number + 1
-        which: Ints = by_bit.take(self._row_bits(match.nodes), mode="clip")
+        """Per row, the length of its node's run in tokens. Of no run are the nodes left over; most are of one."""
+        self._see(match.nodes)
+        others = (1 << len(match.nodes)) - 1
+        for mask, _ in runs:
+            others &= ~mask
+        masks = [others, *[mask for mask, _ in runs]]
+        sizes = [mask.bit_count() for mask in masks]
+        common = sizes.index(max(sizes))
+        which: Ints = np.full(len(self._instances), common, dtype=np.int64)
+        for number, mask in enumerate(masks):
+            if number != common and mask:
+                self._write(which, mask, number)
+        if common:
+            which[self._unheard] = 0
         return Lengths((0, *[count * block_tokens for _, count in runs]), which)
 
-    def _row_bits(self, nodes: tuple[str | None, ...]) -> Ints:
-        """Per row, the bit of its node in a match's masks, or one more than there are. `nodes` changes only as a whole."""
-        if nodes is not self._nodes:
-            bits = {node: bit for bit, node in enumerate(nodes)}
-            self._nodes = nodes
-            self._bits = np.array([bits.get(known.info.node, len(nodes)) for known in self._instances], dtype=np.int64)
-        return self._bits
+    def _write(self, which: Ints, mask: int, number: int) -> None:
+        """Into the rows of these nodes; a mask of very many becomes an array as a whole."""
+        if mask.bit_count() <= FEW_NODES:
+            while mask:
+                bit = mask.bit_length() - 1
+                for row in self._rows_of[bit]:
+                    which[row] = number
+                mask ^= 1 << bit
+            return
+        num_bits = len(self._rows_of)
+        octets = np.frombuffer(mask.to_bytes(-(-num_bits // 8), "little"), dtype=np.uint8)
+        is_there = np.zeros(num_bits + 1, dtype=np.bool_)
+        is_there[:-1] = np.unpackbits(octets, count=num_bits, bitorder="little")
+        which[is_there[self._bits]] = number
+
+    def _see(self, nodes: tuple[str | None, ...]) -> None:
+        """Find the rows of each node, by its bit in a match's masks; `nodes` changes only as a whole."""
+        if nodes is self._nodes:
+            return
+        bits = {node: bit for bit, node in enumerate(nodes)}
+        self._nodes = nodes
+        self._rows_of = [[] for _ in nodes]
+        self._bits = np.array([bits.get(known.info.node, len(nodes)) for known in self._instances], dtype=np.int64)
+        for row, bit in enumerate(self._bits.tolist()):
+            if bit < len(nodes):
+                self._rows_of[bit].append(row)
+        self._unheard = np.flatnonzero(self._bits == len(nodes))
 
 
 class DecodeTable:

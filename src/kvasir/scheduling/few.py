@@ -17,8 +17,8 @@ from kvasir.scheduling.fleet import Fleet
 from kvasir.scheduling.instance import Instance
 from kvasir.scheduling.view import staged
 
-FEW = 320
-"""Instances up to which numbers are used: as machine code they are faster up to some three hundred, in Python up to sixty."""
+FEW = 128
+"""Instances up to which numbers are used: as machine code they are faster up to some hundred and fifty, else up to sixty."""
 
 
 class FewView:

@@ -76,6 +76,11 @@ class Fleet:
         return self._decoders
 
     @property
+    def decodes_both_ways(self) -> bool:
+        """Whether some of the decoders may prefill, too, and others only decode."""
+        return self._decodes_both_ways
+
+    @property
     def missing_role(self) -> str | None:
         """`prefill` or `decode` when no instance can do that, None when requests can be served."""
         if not self._prefillers:
@@ -307,6 +312,7 @@ class Fleet:
         self._prefillers = [known for known in self._rows if known.can_prefill]
         self._decoders = [known for known in self._rows if known.can_decode]
         self._max_kv_tokens = max([known.max_kv_tokens for known in self._decoders], default=0)
+        self._decodes_both_ways = len({known.can_prefill for known in self._decoders}) == 2
         self._masks_nodes = None
         self._tables: Tables | None = None
 

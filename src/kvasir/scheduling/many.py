@@ -16,7 +16,7 @@ from kvasir.scheduling.decode_choice import DecodeChoice, DecodeRule, least_expe
 from kvasir.scheduling.few import choice_of, expected_batch, roomy_tbt_s
 from kvasir.scheduling.fleet import Fleet
 from kvasir.scheduling.instance import Instance
-from kvasir.scheduling.view import Bools, ClusterView, Floats
+from kvasir.scheduling.view import ClusterView, Floats
 
 MOST_ASKED = 32
 """One that is asked takes a few microseconds; all at once, by columns, as long as some sixty."""
@@ -31,9 +31,8 @@ def least_expected_tbt_of_many(fleet: Fleet, view: ClusterView, prefill: Candida
     search = _Search(fleet, view, prefill.ttft_s, kv_tokens)
     own = fleet[prefill.instance]
     is_shown = own.can_decode and view.transfer_s(view.num_prompt_tokens) > prefill.prefill_s
-    can_prefill = view.decodes.can_prefill
-    if not is_shown and can_prefill.any() and not can_prefill.all():
-        row = search.least_with_room(can_prefill)
+    if fleet.decodes_both_ways and not is_shown:
+        row = search.least_with_room()
         if row is not None:
             return search.choice(fleet.decoders[row])
     if search.asks_left and own.can_decode and (choice := search.choice(own)).fits:
@@ -66,9 +65,9 @@ class _Search:
         """The row of the least step time; None if it gave up."""
         return self._least(self._bound_s(), self._tbt_s)
 
-    def least_with_room(self, can_prefill: Bools) -> int | None:
+    def least_with_room(self) -> int | None:
         """As `least`, among those that only decode and leave a burst room; None also if there are none."""
-        return self._least(np.where(can_prefill, math.inf, self._bound_s()), self._roomy_tbt_s)
+        return self._least(np.where(self._view.decodes.can_prefill, math.inf, self._bound_s()), self._roomy_tbt_s)
 
     def _least(self, bound_s: Floats, tbt_of: Callable[[int], float]) -> int | None:
         best: int | None = None

@@ -12,12 +12,16 @@ from kvasir.scheduling.view import Floats
 
 def best_of(scores: Floats, candidate: Callable[[int], Candidate], why: str) -> Choice:
     """The row with the least score, and the next best for the record; the first of equals is the lowest id."""
-    rows = least_rows(scores, min(NUM_RECORDED, len(scores)))
-    return Choice(tuple([candidate(row) for row in rows]), f"{why} among {len(scores)}")
+    return choice_of(least_rows(scores), candidate, f"{why} among {len(scores)}")
 
 
-def least_rows(scores: Floats, count: int) -> list[int]:
-    """The rows of the least scores, in order; of equals the first goes first. Sorting a thousand takes ten times as long."""
+def choice_of(rows: list[int], candidate: Callable[[int], Candidate], why: str) -> Choice:
+    return Choice(tuple([candidate(row) for row in rows]), why)
+
+
+def least_rows(scores: Floats) -> list[int]:
+    """The rows to record, in order; of equals the first goes first. To sort a thousand takes ten times as long."""
+    count = min(NUM_RECORDED, len(scores))
     left = scores.copy()
     rows: list[int] = []
     while len(rows) < count:
@@ -32,7 +36,7 @@ def least_rows(scores: Floats, count: int) -> list[int]:
 def best_of_few(scores: list[float], candidate: Callable[[int], Candidate], why: str) -> Choice:
     """As `best_of`."""
     rows = _least(scores, min(NUM_RECORDED, len(scores)))
-    return Choice(tuple([candidate(row) for row in rows]), f"{why} among {len(scores)}")
+    return choice_of(rows, candidate, f"{why} among {len(scores)}")
 
 
 def _least(scores: list[float], count: int) -> list[int]:

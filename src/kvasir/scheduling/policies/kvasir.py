@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from kvasir.core.commands import Candidate
-from kvasir.scheduling.policies.best import best_of, best_of_few
+from kvasir.scheduling.policies.best import best_of_few, choice_of, least_rows
 from kvasir.scheduling.policies.interface import Choice
 from kvasir.scheduling.view import ClusterView, Floats
 
@@ -52,7 +52,7 @@ class Kvasir:
                 return view.load(row)
             return view.fetch(row) if fetch_s[row] < local_s[row] else view.local(row)
 
-        alone = best_of(_where_wanted(view, ttft_s), plan, "least TTFT of all plans")
+        alone = choice_of(_best_rows(view, ttft_s), plan, f"least TTFT of all plans among {len(ttft_s)}")
         if view.max_stages == 1 or alone.chosen.ttft_s <= MARGIN * view.due_in_s:
             return alone
         prefills = view.prefills
@@ -112,15 +112,28 @@ def _where_wanted_of_few(view: FewView, ttft_s: list[float]) -> list[float]:
     return ttft_s
 
 
+def _best_rows(view: ClusterView, ttft_s: Floats) -> list[int]:
+    """Those to record, where they are wanted. Mostly the best of all are: then nobody else needs a look."""
+    rows, pace = least_rows(ttft_s), view.prefills.pace
+    is_steady = [pace[row] == 1.0 or ttft_s[row] <= SLACK_HORIZON_S for row in rows]
+    if all(is_steady) and not _shows(view):
+        return rows
+    return least_rows(_where_wanted(view, ttft_s))
+
+
 def _where_wanted(view: ClusterView, ttft_s: Floats) -> Floats:
     """Infinite for instances that should not prefill this prompt, as long as there are others."""
     prefills = view.prefills
     is_steady = (prefills.pace == 1.0) | (ttft_s <= SLACK_HORIZON_S)
     if is_steady.any():
         ttft_s = np.where(is_steady, ttft_s, np.inf)
-    exposed_s = view.transfer_s(view.num_prompt_tokens) - view.prefill_s(view.best_tokens)
-    if exposed_s > SMOOTH * view.tbt_s:
+    if _shows(view):
         stays = prefills.can_decode & (ttft_s <= MARGIN * view.due_in_s)
         if stays.any():
             ttft_s = np.where(stays, ttft_s, np.inf)
     return ttft_s
+
+
+def _shows(view: ClusterView) -> bool:
+    """Whether the hand-off to another instance would take so much longer than the prefill that hides it."""
+    return view.transfer_s(view.num_prompt_tokens) - view.prefill_s(view.best_tokens) > SMOOTH * view.tbt_s
