@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from kvasir.core.commands import (
     Chunk,
@@ -88,17 +88,22 @@ class Batcher:
     def load(self) -> InstanceLoad:
         """The queues as of the last StepDone. `free_kv_tokens` is only the stash; the body adds what the pool has free."""
         queues = self._queues
-        idle, waiting_tokens, context_tokens = 0, 0, self._decodes.context_tokens
-        for seq in queues.idle:
-            idle += seq.has_begun
-        for seq in (*queues.begun, *queues.waiting, *queues.idle):
+        waiting_tokens, context_tokens, num_held_up = 0, self._decodes.context_tokens, 0
+        for seq in queues.waiting:
             waiting_tokens += seq.num_tokens - seq.num_computed
-        for seq in (*queues.paused, *queues.begun, *queues.idle):
+        for seq in queues.paused:
+            context_tokens += seq.num_tokens
+        for seq in queues.begun:
+            waiting_tokens += seq.num_tokens - seq.num_computed
+            context_tokens += seq.num_tokens
+        for seq in queues.idle:
+            waiting_tokens += seq.num_tokens - seq.num_computed
             if seq.has_begun:
                 context_tokens += seq.num_tokens
+                num_held_up += 1
         return InstanceLoad(
-            waiting=len(queues.waiting) + len(queues.ready) + len(queues.idle) - idle,
-            running=queues.num_running + idle,
+            waiting=len(queues.waiting) + len(queues.ready) + len(queues.idle) - num_held_up,
+            running=queues.num_running + num_held_up,
             waiting_tokens=waiting_tokens,
             context_tokens=context_tokens,
             free_kv_tokens=len(self._stash) * self._config.block_tokens,
@@ -141,7 +146,7 @@ class Batcher:
         step = self._step
         if step is None:
             raise InvariantError("StepDone without a step in flight")
-        passes, finished = event.steps, frozenset(event.finished)
+        passes, finished = event.steps, frozenset(event.finished) if event.finished else _NOBODY
         if not (1 if self._prompts or finished else 0) <= passes <= step.repeats:
             raise InvariantError(f"a step of {step.repeats} passes was in flight, got {event}")
         self._step = None
@@ -324,7 +329,9 @@ class Batcher:
         self._is_held = False
 
 
-_HANDLERS: dict[type[Event], Callable[[Batcher, Any, list[Command], float], None]] = {
+_NOBODY: Final[frozenset[str]] = frozenset()
+
+_HANDLERS: Final[dict[type[Event], Callable[[Batcher, Any, list[Command], float], None]]] = {
     StepDone: Batcher._step_done,
     Submitted: Batcher._submitted,
     Extended: Batcher._extended,
