@@ -282,7 +282,7 @@ class PoolNode:
             removed += self._evicted(evicted, "evicted", now)
         return slots, removed
 
-    def _evicted(self, blocks: Sequence[Block], reason: str, now: float) -> list[PoolAnswer]:
+    def _evicted(self, blocks: list[Block], reason: str, now: float) -> list[PoolAnswer]:
         """DRAM let go of these."""
         if not blocks:
             return []

@@ -85,10 +85,10 @@ class Batcher:
         """Whether the pool gave fewer pages than are needed; it is asked again at the next event, a Tick at the latest."""
         return self._is_short
 
-    def load(self) -> InstanceLoad:
-        """The queues as of the last StepDone. `free_kv_tokens` is only the stash; the body adds what the pool has free."""
+    def load(self, *, waiting: int = 0, waiting_tokens: int = 0, free_kv_tokens: int = 0) -> InstanceLoad:
+        """The queues as of the last StepDone and the pages in the stash, beside what only the body knows of."""
         queues = self._queues
-        waiting_tokens, context_tokens, num_held_up = 0, self._decodes.context_tokens, 0
+        context_tokens, num_held_up = self._decodes.context_tokens, 0
         for seq in queues.waiting:
             waiting_tokens += seq.num_tokens - seq.num_computed
         for seq in queues.paused:
@@ -102,11 +102,11 @@ class Batcher:
                 context_tokens += seq.num_tokens
                 num_held_up += 1
         return InstanceLoad(
-            waiting=len(queues.waiting) + len(queues.ready) + len(queues.idle) - num_held_up,
+            waiting=waiting + len(queues.waiting) + len(queues.ready) + len(queues.idle) - num_held_up,
             running=queues.num_running + num_held_up,
             waiting_tokens=waiting_tokens,
             context_tokens=context_tokens,
-            free_kv_tokens=len(self._stash) * self._config.block_tokens,
+            free_kv_tokens=free_kv_tokens + len(self._stash) * self._config.block_tokens,
         )
 
     def check(self) -> None:

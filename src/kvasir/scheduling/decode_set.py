@@ -91,6 +91,8 @@ class DecodeSet:
     def passes_until_due(self) -> int:
         """Passes to make until somebody is due. The set must not be empty."""
         schedule = self._schedule
-        while schedule[0][1] != schedule[0][2].ticket:
+        while True:
+            due, ticket, seq = schedule[0]
+            if seq.ticket == ticket:
+                return due - self._passes
             heappop(schedule)
-        return schedule[0][0] - self._passes

@@ -165,19 +165,13 @@ class SimInstance:
 
     def load(self) -> InstanceLoad:
         """The queues now, with what waits for its KV or for pages, and what the pool could give."""
-        load = self.batcher.load()
-        num_absent = absent_tokens = 0
+        waiting = waiting_tokens = 0
         for seq in self._absent:
             if not seq.is_adopted and not seq.is_cancelled:
-                num_absent += 1
-                absent_tokens += seq.num_tokens - seq.prefix_tokens
-        return InstanceLoad(
-            waiting=load.waiting + num_absent,
-            running=load.running,
-            waiting_tokens=load.waiting_tokens + absent_tokens,
-            context_tokens=load.context_tokens,
-            free_kv_tokens=load.free_kv_tokens + self.memory.free_tokens,
-        )
+                waiting += 1
+                waiting_tokens += seq.num_tokens - seq.prefix_tokens
+        free_tokens = self.memory.free_tokens
+        return self.batcher.load(waiting=waiting, waiting_tokens=waiting_tokens, free_kv_tokens=free_tokens)
 
     @property
     def is_idle(self) -> bool:

@@ -56,6 +56,7 @@ class SimNode:
         tell: Callable[[Event], None],
     ):
         self.spec = spec
+        self.id = spec.id
         self._block_bytes = block_bytes
         self._network = network
         self._on_ssd: dict[int, SsdBlock] = {}
@@ -98,11 +99,11 @@ class SimNode:
 
     def _stored(self, said: Stored) -> None:
         self._seq += 1
-        self._tell(BlocksStored(self.spec.id, self._seq, said.keys, said.tier))
+        self._tell(BlocksStored(self.id, self._seq, said.keys, said.tier))
 
     def _removed(self, said: Removed) -> None:
         self._seq += 1
-        self._tell(BlocksRemoved(self.spec.id, self._seq, said.keys, said.tier))
+        self._tell(BlocksRemoved(self.id, self._seq, said.keys, said.tier))
 
     def _erase(self, said: Erase) -> None:
         for ssd_slot in said.ssd_slots:
