@@ -55,7 +55,8 @@ class Batcher:
         self._queues = Queues(self._decodes)
         self._stash: list[int] = []
         self._former = StepFormer(config, quick(costs) if costs is not None else None, self._queues, self._stash)
-        self._step: Step | None = None  # in flight: all of `_decodes`, and
+        self._step: Step | None = None  # in flight, `_repeats` times at most: all of `_decodes`, and
+        self._repeats = 1
         self._prompts: list[Sequence] = []
         self._leaving: list[Sequence] = []  # decodes in flight that were cancelled
         self._num_submitted = 0
@@ -147,7 +148,7 @@ class Batcher:
         if step is None:
             raise InvariantError("StepDone without a step in flight")
         passes, finished = event.steps, frozenset(event.finished) if event.finished else _NOBODY
-        if not (1 if self._prompts or finished else 0) <= passes <= step.repeats:
+        if not (1 if self._prompts or finished else 0) <= passes <= self._repeats:
             raise InvariantError(f"a step of {step.repeats} passes was in flight, got {event}")
         self._step = None
         touched = self._decodes.advance(passes)
@@ -274,13 +275,15 @@ class Batcher:
         self._prompts = self._former.form(is_short=self._is_short, is_held=self._is_held)
         decodes = self._decodes
         batch = len(decodes.members)
+        self._repeats = 1
         if self._prompts:
             chunks = tuple([chunk_of(seq) for seq in self._prompts])
             return Step(chunks, batch, decodes.context_tokens)
         if batch:
             most = 1 if self._former.puts_off else self._config.max_repeats
-            repeats = min(most, decodes.passes_until_due()) if most > 1 else 1
-            return Step((), batch, decodes.context_tokens, repeats)
+            if most > 1:
+                self._repeats = min(most, decodes.passes_until_due())
+            return Step((), batch, decodes.context_tokens, self._repeats)
         return None
 
     def _ask(self, commands: list[Command]) -> None:

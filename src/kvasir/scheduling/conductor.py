@@ -338,11 +338,12 @@ class Conductor:
         return [*stops, *again, *self._house(now), *self._review(now)]
 
     def _heartbeat(self, event: ev.Heartbeat, now: float) -> list[Command]:
-        known = self._fleet.get(event.instance)
+        instance = event.instance
+        known = self._fleet.get(instance)
         if known is None or known.info.epoch != event.epoch:
             self.counters["stale_events"] += 1
         else:
-            self._fleet.reported(event.instance, event.load, settle_s=self._config.settle_s, now=now)
+            self._fleet.reported(instance, event.load, settle_s=self._config.settle_s, now=now)
         return []
 
     def _blocks_stored(self, event: ev.BlocksStored, now: float) -> list[Command]:

@@ -76,7 +76,7 @@ class Elastic:
         """At once if those that decode are too few, or nobody decodes; else what was better for HOLD_S."""
         self._observe(fleet, now)
         demand, decoders = self._demand(fleet), fleet.decoders
-        only = sum(instance.info.role is Role.DECODE for instance in decoders)
+        only = sum([not instance.can_prefill for instance in decoders])
         mixed = len(decoders) - only
         wanted = self._wanted(demand, len(fleet.instances), only, mixed)
         if wanted == (only, mixed):

@@ -479,10 +479,10 @@ class SimHub:
                 continue
             instance.was_idle = is_idle
             if report_delay_s:
-                report = Heartbeat(name, instance.info.epoch, instance.load())
+                report = Heartbeat(name, instance.epoch, instance.load())
                 self._agenda.at(self._agenda.now + report_delay_s, self.tell, report)
-            elif self._conductor.wants_report(name, instance.info.epoch):
-                self.tell(Heartbeat(name, instance.info.epoch, instance.load()))
+            elif self._conductor.wants_report(name, instance.epoch):
+                self.tell(Heartbeat(name, instance.epoch, instance.load()))
             instance.tick()
 
     @property

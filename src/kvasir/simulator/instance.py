@@ -78,6 +78,7 @@ class SimInstance:
         """`cores`: what it computes on together with the other instances of its node; None where it has its own device."""
         self.info = info
         self.id: str = info.id
+        self.epoch: int = info.epoch
         self.node = node
         self.batcher = batcher
         self.memory = memory
