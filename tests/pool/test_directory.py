@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvasir.core.tier import Tier
-from kvasir.pool.directory import CHUNK, BlockDirectory
+from kvasir.pool.directory import BlockDirectory
 
 KEYS = [bytes([i]) * 16 for i in range(8)]
 NODES = ["n0", "n1", "n2"]
@@ -129,15 +129,15 @@ def test_a_match_keeps_the_names_of_its_time_and_the_generation_tells_that_bits_
     assert (directory.bit_of("n0"), directory.bit_of("n1")) == (0, 1)
 
 
-def test_a_prompt_of_many_chunks_is_matched_to_its_last_block() -> None:
+def test_a_long_prompt_is_matched_to_its_last_block() -> None:
     directory = BlockDirectory()
-    keys = [i.to_bytes(16, "big") for i in range(5 * CHUNK)]
-    for node, length in (("n0", 5 * CHUNK), ("n1", CHUNK), ("n2", 3 * CHUNK + 7), ("n3", 1)):
+    keys = [i.to_bytes(16, "big") for i in range(2500)]
+    for node, length in (("n0", 2500), ("n1", 500), ("n2", 1507), ("n3", 1)):
         directory.stored(node, 1, keys[:length])
-    assert directory.match(keys).blocks == {"n0": 5 * CHUNK, "n1": CHUNK, "n2": 3 * CHUNK + 7, "n3": 1}
-    assert [length for _, length in directory.match(keys).runs] == [1, CHUNK, 3 * CHUNK + 7, 5 * CHUNK]
-    directory.removed("n0", 2, keys[2 * CHUNK : 2 * CHUNK + 1])
-    assert directory.match(keys).blocks["n0"] == 2 * CHUNK
+    assert directory.match(keys).blocks == {"n0": 2500, "n1": 500, "n2": 1507, "n3": 1}
+    assert [length for _, length in directory.match(keys).runs] == [1, 500, 1507, 2500]
+    directory.removed("n0", 2, keys[1000:1001])
+    assert directory.match(keys).blocks["n0"] == 1000
 
 
 _keys = st.lists(st.sampled_from(KEYS), max_size=6)

@@ -192,7 +192,8 @@ def test_cost_aware_learns_that_blocks_used_once_do_not_come_back() -> None:
 def test_ghosts_are_bounded_and_the_oldest_is_forgotten_first() -> None:
     ghosts: Ghosts[int] = Ghosts()
     for number in range(MIN_GHOSTS + 1):
-        ghosts.leave([(number.to_bytes(4, "big"), number)], 1)
+        ghosts.leave(number.to_bytes(4, "big"), number)
+        ghosts.trim(1)
     assert len(ghosts) == MIN_GHOSTS + 1 - MIN_GHOSTS // FORGOTTEN_AT_ONCE
     first = (MIN_GHOSTS // FORGOTTEN_AT_ONCE).to_bytes(4, "big")
     assert (ghosts.recall(bytes(4)), ghosts.recall(first), ghosts.recall(first)) == (

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-from msgspec.structs import replace
 
 from kvasir.core.commands import Candidate
 from kvasir.core.request import Request, Slo
@@ -17,14 +16,22 @@ SLO = Slo(ttft_s=2.0, tbt_s=0.1)  # nine sequences a batch at most
 
 
 def plan(
-    *, wait_s: float = 0.0, assigned: int = 1, now: int = 1, then: int = 1, spare_s: float = math.inf, ahead: int = 0
+    *,
+    tokens: int = 1000,
+    prefill_s: float = 1.0,
+    wait_s: float = 0.0,
+    assigned: int = 1,
+    now: int = 1,
+    then: int = 1,
+    spare_s: float = math.inf,
+    ahead: int = 0,
 ) -> Plan:
-    """1,000 tokens; batches with the request in them: as assigned so far, as it is now, as it will be."""
+    """Batches with the request in them: as assigned so far, as it is now, as it will be."""
     return Plan(
-        request=Request("r", 1000, 100, (), 0.0),
-        candidate=Candidate("p", wait_s, 0.0, 1.0, 0),
+        request=Request("r", tokens, 100, (), 0.0),
+        candidate=Candidate("p", wait_s, 0.0, prefill_s, 0),
         decode=DecodeChoice("d", COSTS.decode_step_s(assigned, 0), assigned, 1000, ahead == 0, ahead),
-        waited_s=0.0,
+        ttft_s=wait_s + prefill_s,
         expected_output_tokens=100,
         spare_s=spare_s,
         outlook=Outlook(now - 1, 0, then - 1, 0),
@@ -90,8 +97,7 @@ def test_a_batch_that_will_have_room_by_then_is_no_reason_to_refuse() -> None:
 
 
 def judge(rule: Predictive, *, tokens: int = 1000, prefill_s: float = 1.0, wait_s: float = 0.0) -> str | None:
-    asked = replace(plan(wait_s=wait_s), request=Request("r", tokens, 100, (), 0.0))
-    refusal = rule.judge(replace(asked, candidate=Candidate("p", wait_s, 0.0, prefill_s, 0)), COSTS)
+    refusal = rule.judge(plan(tokens=tokens, prefill_s=prefill_s, wait_s=wait_s), COSTS)
     return refusal.code if refusal else None
 
 

@@ -339,9 +339,8 @@ class InstanceBody:
 
     def _load(self) -> InstanceLoad:
         """What was preempted is with nobody else and waits, too."""
-        load = self._batcher.load()
         tokens = sum(len(self._sequences[run].tokens) for run in self._parked)
-        return replace(load, waiting=load.waiting + len(self._parked), waiting_tokens=load.waiting_tokens + tokens)
+        return self._batcher.load(waiting=len(self._parked), waiting_tokens=tokens)
 
     def _fail(self, run: str, error: str) -> None:
         self._tell(RunFailed(run, self._info.id, error))

@@ -9,11 +9,11 @@ from kvasir.core.request import Role
 from kvasir.core.units import format_duration
 
 
-class Command(Struct, frozen=True, tag=True):
+class Command(Struct, frozen=True, tag=True, gc=False):
     """Something that a body must carry out."""
 
 
-class Candidate(Struct, frozen=True):
+class Candidate(Struct, frozen=True, gc=False):
     """One prefill instance as a policy saw it; all times are predicted seconds.
 
     `prefix_tokens` will be in place when the prefill starts; of these, `fetch_tokens` come from `source` node, and
@@ -41,7 +41,7 @@ class Candidate(Struct, frozen=True):
         return self.wait_s + self.transfer_s + self.prefill_s
 
 
-class Decision(Struct, frozen=True):
+class Decision(Struct, frozen=True, gc=False):
     """Why a request went where it went: the log line, the metric, the answer of `explain`, the test's expectation.
 
     `candidates` begin with the chosen one; the next best follow. `why` finishes the sentence "prefill on p3 by ...";
@@ -177,7 +177,7 @@ class Resync(Command, frozen=True):
 # --- Batcher -----------------------------------------------------------------------------------------------
 
 
-class Chunk(Struct, frozen=True):
+class Chunk(Struct, frozen=True, gc=False):
     """Tokens [start, start + length) of a sequence, to be computed in one step; `pages` cover them and all before.
 
     `samples` is true when the chunk ends at the sequence's newest token, so that a next token is drawn. Only a `share` of the

@@ -9,14 +9,17 @@ from kvasir.core.request import FinishReason, Request, Role
 from kvasir.core.tier import Tier
 
 
-class Event(Struct, frozen=True, tag=True):
-    """Something that happened; the time is given beside it."""
+class Event(Struct, frozen=True, tag=True, gc=False):
+    """Something that happened; the time is given beside it.
+
+    `gc=False`, here and in other messages: of plain values, they are in no cycle, and the collector need not look at them.
+    """
 
 
 # --- Conductor ---------------------------------------------------------------------------------------------
 
 
-class InstanceInfo(Struct, frozen=True):
+class InstanceInfo(Struct, frozen=True, gc=False):
     """An instance as it introduces itself. `kv_tokens` is how many tokens of KV its node can hold."""
 
     id: str
@@ -27,7 +30,7 @@ class InstanceInfo(Struct, frozen=True):
     max_batch: int
 
 
-class InstanceLoad(Struct, frozen=True):
+class InstanceLoad(Struct, frozen=True, gc=False):
     """An instance's own account of its queues, sent with each heartbeat."""
 
     waiting: int = 0

@@ -22,7 +22,7 @@ from kvasir.core.keys import BlockKey
 from kvasir.core.tier import Tier
 
 
-class PoolEvent(Struct, frozen=True, tag=True):
+class PoolEvent(Struct, frozen=True, tag=True, gc=False):
     """Something asked of the pool by an owner."""
 
     owner: str
@@ -47,7 +47,7 @@ class PutStart(PoolEvent, frozen=True):
     tenant: str = ""
 
 
-class KeyedSlot(Struct, frozen=True):
+class KeyedSlot(Struct, frozen=True, gc=False):
     key: BlockKey
     slot: int
 
@@ -230,7 +230,7 @@ class SpillDone(PoolEvent, frozen=True):
     ok: bool
 
 
-class SsdBlock(Struct, frozen=True):
+class SsdBlock(Struct, frozen=True, gc=False):
     """A block on the SSD, `depth` being its number in its sequence."""
 
     key: BlockKey
@@ -244,7 +244,7 @@ class SsdFound(PoolEvent, frozen=True):
     blocks: tuple[SsdBlock, ...]
 
 
-class PoolAnswer(Struct, frozen=True, tag=True):
+class PoolAnswer(Struct, frozen=True, tag=True, gc=False):
     """What the pool says back, to the owner that asked."""
 
 

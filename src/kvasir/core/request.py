@@ -57,7 +57,7 @@ class Sampling(Struct, frozen=True):
     logprobs: int | None = None
 
 
-class Request(Struct, frozen=True):
+class Request(Struct, frozen=True, gc=False):
     """A request as the brains see it: sizes and keys, no text.
 
     `keys` are those of the prompt's full blocks. `max_tokens` bounds the output, `arrival_s` is the time at the gateway.

@@ -30,10 +30,11 @@ def quick(costs: CostModel) -> QuickCosts:
 class QuickCosts:
     """Any cost model, as one class that is known when machine code is built: then a question costs less than its answer."""
 
-    __slots__ = ("_costs",)
+    __slots__ = ("_costs", "_split_s")
 
     def __init__(self, costs: CostModel):
         self._costs = costs
+        self._split_s: float | None = None
 
     def prefill_s(self, new_tokens: int, cached_tokens: int) -> float:
         return self._costs.prefill_s(new_tokens, cached_tokens)
@@ -57,8 +58,10 @@ class QuickCosts:
 
     def split_s(self) -> float:
         """What computing a prompt takes longer for each further step that it is split into, if these are not tiny."""
-        halves_s = self.prefill_s(FULL_STEP, 0) + self.prefill_s(FULL_STEP, FULL_STEP)
-        return min(max(0.0, halves_s - self.prefill_s(2 * FULL_STEP, 0)), self.prefill_s(1, 0))
+        if self._split_s is None:
+            halves_s = self.prefill_s(FULL_STEP, 0) + self.prefill_s(FULL_STEP, FULL_STEP)
+            self._split_s = min(max(0.0, halves_s - self.prefill_s(2 * FULL_STEP, 0)), self.prefill_s(1, 0))
+        return self._split_s
 
 
 class QuickRoofline(QuickCosts):

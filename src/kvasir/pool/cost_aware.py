@@ -12,7 +12,7 @@ worth never decreases with uses and depth nor increases with age, and ties go to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from kvasir.costs.model import CostModel
@@ -28,8 +28,8 @@ COST_CLASSES: Final = 8
 """Half octaves of recompute seconds that are told apart, from the first block's on."""
 
 _NUM_CLASSES: Final = (MAX_CLASS + 1) * COST_CLASSES
-_USES_CLASS = tuple(c // COST_CLASSES for c in range(_NUM_CLASSES))
-_RELATIVE_COST = tuple(2 ** (c % COST_CLASSES / 2) for c in range(_NUM_CLASSES))
+_USES_CLASS: Final = tuple(c // COST_CLASSES for c in range(_NUM_CLASSES))
+_RELATIVE_COST: Final[tuple[float, ...]] = tuple(2 ** (c % COST_CLASSES / 2) for c in range(_NUM_CLASSES))
 
 _MANY_USES: Final = 1 << MAX_CLASS - 1
 _FIRST_OF_MANY: Final = COST_CLASSES * MAX_CLASS
@@ -63,10 +63,10 @@ class CostAware:
             for run in runs:
                 yield from run.blocks
 
-    def add(self, blocks: Sequence[Block], now: float) -> None:
-        if new := [block for block in blocks if not block.is_known]:
-            self._meet(new, now)
-        self._reach(blocks)
+    def add(self, blocks: list[Block], now: float) -> None:
+        for block in blocks:
+            if not block.is_known:
+                self._meet(block, now)
         run: Run | None = None
         for block in blocks:
             class_ = self._class_of(block)
@@ -79,7 +79,7 @@ class CostAware:
                 self._rates.released(block.key, class_ // COST_CLASSES, now)
         self._len += len(blocks)
 
-    def remove(self, blocks: Sequence[Block], now: float) -> None:
+    def remove(self, blocks: list[Block], now: float) -> None:
         for block in blocks:
             self._leave_run(block)
             if block.is_watched:
@@ -106,68 +106,58 @@ class CostAware:
 
     def victims(self, count: int, now: float) -> list[Block]:
         count = min(count, self._len)
-        worths = [self._worth(runs.first, now) for runs in self._classes]
         gone: list[Block] = []
         while count > len(gone):
-            class_ = _least(worths)
-            runs = self._classes[class_]
-            run = runs.first
-            assert run is not None, "the class of least worth has a block, for there are as many as are asked for"
+            run = self._least_worth(now)
             end = count - len(gone)
             if end < len(run.blocks):
                 gone += run.blocks[:end]
                 del run.blocks[:end]
-                break
-            gone += run.blocks
-            run.blocks = []
-            runs.remove(run)
-            worths[class_] = self._worth(runs.first, now)
+            else:
+                gone += run.blocks
+                run.blocks = []
+                self._classes[run.class_].remove(run)
         for block in gone:
             block.run = None
+            self._ghosts.leave(block.key, block.past_uses + block.uses)
         self._num_known -= len(gone)
-        self._ghosts.leave([(block.key, block.past_uses + block.uses) for block in gone], self._num_known)
+        self._ghosts.trim(self._num_known)
         self._len -= len(gone)
         return gone
 
+    def _least_worth(self, now: float) -> Run:
+        """Which run goes next; there must be one."""
+        best: Run | None = None
+        least = 0.0
+        for runs in self._classes:
+            run = runs.first
+            if run is not None and ((worth := self._worth(run, now)) < least or best is None):
+                best, least = run, worth
+        assert best is not None, "whoever asks knows of idle blocks"
+        return best
+
     def _class_of(self, block: Block) -> int:
-        """Its depth must be within reach."""
+        if block.deepest >= len(self._class_of_depth):
+            self._reach(block.deepest)
         uses = block.past_uses + block.uses
         return (COST_CLASSES * uses.bit_length() if uses < _MANY_USES else _FIRST_OF_MANY) + self._class_of_depth[block.deepest]
 
-    def _meet(self, blocks: list[Block], now: float) -> None:
-        """These are idle for the first time in their slots."""
-        self._num_known += len(blocks)
-        keys = [block.key for block in blocks]
-        if self._ghosts.has_any(keys):
-            for block in blocks:
-                block.past_uses = self._ghosts.recall(block.key) or 0
-        for block in blocks:
-            block.is_known = True
-            if block.key[0] % SAMPLE == 0:
-                block.is_watched = True
-                self._rates.used(block.key, now)
+    def _meet(self, block: Block, now: float) -> None:
+        """It is idle for the first time in its slot."""
+        self._num_known += 1
+        block.is_known = True
+        block.past_uses = self._ghosts.recall(block.key) or 0
+        if block.key[0] % SAMPLE == 0:
+            block.is_watched = True
+            self._rates.used(block.key, now)
 
-    def _worth(self, head: Run | None, now: float) -> float:
-        """Of a class by its oldest run: seconds saved per second, relative to the first block's; infinite for none."""
-        if head is None:
-            return math.inf
-        return self._rates.rate(_USES_CLASS[head.class_], now - head.since_s) * _RELATIVE_COST[head.class_]
+    def _worth(self, run: Run, now: float) -> float:
+        """Of a class, by its oldest run: seconds saved per second, relative to the first block's."""
+        return self._rates.rate(_USES_CLASS[run.class_], now - run.since_s) * _RELATIVE_COST[run.class_]
 
-    def _reach(self, blocks: Sequence[Block]) -> None:
-        """Work out the classes of costs of all depths up to those of these blocks."""
-        known, depth = self._class_of_depth, 0
-        for block in blocks:
-            if block.deepest > depth:
-                depth = block.deepest
+    def _reach(self, depth: int) -> None:
+        """Work out the classes of costs of all depths up to this one."""
+        known = self._class_of_depth
         while len(known) <= depth:
             ratio = self._seconds(len(known)) / self._seconds(0)
             known.append(min(COST_CLASSES - 1, max(known[-1] if known else 0, int(2 * math.log2(max(1.0, ratio))))))
-
-
-def _least(worths: list[float]) -> int:
-    """Where the least is, the first of equals."""
-    best, least = 0, worths[0]
-    for class_, worth in enumerate(worths):
-        if worth < least:
-            best, least = class_, worth
-    return best

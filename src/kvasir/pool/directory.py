@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby, repeat
 from typing import Final
 
 from kvasir.core.errors import InvariantError
@@ -13,14 +12,26 @@ from kvasir.pool.match import PrefixMatch, Runs
 
 __all__ = ["BlockDirectory", "PrefixMatch"]
 
-CHUNK: Final = 512
-"""Keys that are looked up at a time: few enough to waste little behind the end of a prefix, enough to stay at C speed."""
 
-Holders = tuple[int, int]
-"""Masks of the nodes that have a block in DRAM, and of those that have it on SSD. Blocks of the same holders share one tuple
-where they can, because that is compared at a glance."""
+class Holders:
+    """The nodes that have a block, as masks, in DRAM and on SSD. Never changed: blocks of the same holders may share one."""
 
-NOBODY: Holders = (0, 0)
+    __slots__ = ("dram", "ssd")
+
+    def __init__(self, dram: int, ssd: int):
+        self.dram = dram
+        self.ssd = ssd
+
+    def with_(self, more: Holders) -> Holders:
+        return Holders(self.dram | more.dram, self.ssd | more.ssd)
+
+    def without(self, gone: Holders) -> Holders | None:
+        """None when nobody is left."""
+        dram, ssd = self.dram & ~gone.dram, self.ssd & ~gone.ssd
+        return Holders(dram, ssd) if dram | ssd else None
+
+
+NOBODY: Final = Holders(0, 0)
 
 
 class BlockDirectory:
@@ -46,22 +57,21 @@ class BlockDirectory:
         return len(self._holders)
 
     def match(self, keys: Sequence[BlockKey]) -> PrefixMatch:
-        """Look-ups and comparisons at C speed; a Python step only where holders change, none for each node.
-
-        Ends with the chunk in which the last node's prefix does.
-        """
-        get = self._holders.get
-        same = get(keys[0]) if keys else None
+        """One look-up a block, as far as any node's prefix reaches; more only where holders change, and none for each node."""
+        holders = self._holders
+        same = holders.get(keys[0]) if keys else None
         if same is None:
             return PrefixMatch((), (), self._nodes)
-        dram, both = _Prefixes(same[0]), _Prefixes(same[0] | same[1])
-        for start in range(0, len(keys), CHUNK):
-            found = list(map(get, keys[start : start + CHUNK]))
-            # two sets of holders that differ take long to compare: the last block mostly tells without
-            if found[-1] is not same or found.count(same) < len(found):
-                same = _narrow(dram, both, found, start)
-                if not both.alive:
-                    break
+        dram, both = _Prefixes(same.dram), _Prefixes(same.dram | same.ssd)
+        for place, key in enumerate(keys):
+            held = holders.get(key)
+            if held is same:
+                continue
+            same = held if held is not None else NOBODY
+            dram.narrow(same.dram, place)
+            both.narrow(same.dram | same.ssd, place)
+            if not both.alive:
+                break
         return PrefixMatch(dram.runs(len(keys)), both.runs(len(keys)), self._nodes)
 
     def bit_of(self, node: str) -> int:
@@ -71,10 +81,12 @@ class BlockDirectory:
 
     def replicas(self, key: BlockKey) -> int:
         """How many nodes have the block in DRAM."""
-        return self._holders.get(key, NOBODY)[0].bit_count()
+        held = self._holders.get(key)
+        return held.dram.bit_count() if held is not None else 0
 
     def holders(self, key: BlockKey, tier: Tier = Tier.DRAM) -> tuple[str, ...]:
-        mask = self._holders.get(key, NOBODY)[_PLACE[tier]]
+        held = self._holders.get(key, NOBODY)
+        mask = held.dram if tier is _DRAM else held.ssd
         return tuple(node for bit, node in enumerate(self._nodes) if node is not None and mask >> bit & 1)
 
     def stored(self, node: str, seq: int, keys: Sequence[BlockKey], tier: Tier = Tier.DRAM) -> bool:
@@ -88,7 +100,7 @@ class BlockDirectory:
         """As `stored`."""
         is_new, has_gap = self._advance(node, seq)
         if is_new:
-            self._remove(keys, _pair(tier, 1 << self._bit(node)))
+            self._remove(keys, self._alone(node, tier))
         return has_gap
 
     def inventory(self, node: str, seq: int, keys: Sequence[BlockKey], ssd_keys: Sequence[BlockKey] = ()) -> None:
@@ -107,7 +119,8 @@ class BlockDirectory:
             return
         self._name(bit, None)
         mask = 1 << bit
-        self._remove([key for key, (dram, ssd) in self._holders.items() if (dram | ssd) & mask], (mask, mask))
+        gone = Holders(mask, mask)
+        self._remove([key for key, held in self._holders.items() if (held.dram | held.ssd) & mask], gone)
 
     def needs_resync(self, node: str) -> bool:
         """Whether events of the node were missed since its last inventory."""
@@ -120,9 +133,9 @@ class BlockDirectory:
     def check(self) -> None:
         """Raises InvariantError unless every mask names living nodes and bits and names agree."""
         known = sum(1 << bit for bit in self._bits.values())
-        for key, (dram, ssd) in self._holders.items():
-            if not dram | ssd or (dram | ssd) & ~known:
-                raise InvariantError(f"block {key.hex()} is on nodes {dram:b} and SSDs {ssd:b}, known are {known:b}")
+        for key, held in self._holders.items():
+            if not held.dram | held.ssd or (held.dram | held.ssd) & ~known:
+                raise InvariantError(f"block {key.hex()} is on nodes {held.dram:b} and SSDs {held.ssd:b}, known are {known:b}")
         if {node: bit for bit, node in enumerate(self._nodes) if node is not None} != self._bits:
             raise InvariantError(f"bits {self._bits} and nodes {self._nodes} disagree")
 
@@ -141,28 +154,36 @@ class BlockDirectory:
         return True, has_gap
 
     def _add(self, node: str, keys: Sequence[BlockKey], tier: Tier) -> None:
-        added = _pair(tier, 1 << self._bit(node))  # a node that was heard of has a bit, whatever it holds
         holders = self._holders
-        held = list(map(holders.get, keys))
-        if held.count(None) == len(held):
-            holders.update(zip(keys, repeat(added), strict=False))
-            return
-        joined = {old: (old[0] | added[0], old[1] | added[1]) if old else added for old in set(held)}
-        holders.update(zip(keys, map(joined.__getitem__, held), strict=True))
+        alone = after = self._alone(node, tier)
+        before: Holders | None = None
+        for key in keys:
+            held = holders.setdefault(key, alone)
+            if held is alone:
+                continue
+            if held is not before:  # what was stored together mostly has the same holders
+                before, after = held, held.with_(alone)
+            holders[key] = after
 
     def _remove(self, keys: Sequence[BlockKey], gone: Holders) -> None:
         holders = self._holders
-        start = 0
-        for old, same in groupby(list(map(holders.get, keys))):  # what was stored together mostly goes together
-            end = start + len(list(same))
-            if old is not None:
-                left = (old[0] & ~gone[0], old[1] & ~gone[1])
-                if left == NOBODY:
-                    for key in keys[start:end]:
-                        holders.pop(key, None)
-                else:
-                    holders.update(zip(keys[start:end], repeat(left), strict=False))
-            start = end
+        before: Holders | None = None
+        after: Holders | None = None
+        for key in keys:
+            held = holders.get(key)
+            if held is None:
+                continue
+            if held is not before:  # and mostly goes together
+                before, after = held, held.without(gone)
+            if after is None:
+                del holders[key]
+            else:
+                holders[key] = after
+
+    def _alone(self, node: str, tier: Tier) -> Holders:
+        """A node that was heard of has a bit, whatever it holds."""
+        mask = 1 << self._bit(node)
+        return Holders(mask, 0) if tier is _DRAM else Holders(0, mask)
 
     def _bit(self, node: str) -> int:
         bit = self._bits.get(node)
@@ -177,14 +198,7 @@ class BlockDirectory:
         self.generation += 1
 
 
-_PLACE = {Tier.DRAM: 0, Tier.SSD: 1}
-
-
 _DRAM: Final = Tier.DRAM
-
-
-def _pair(tier: Tier, mask: int) -> Holders:
-    return (mask, 0) if tier is _DRAM else (0, mask)
 
 
 class _Prefixes:
@@ -196,25 +210,11 @@ class _Prefixes:
         self.alive = alive
         self.ends: list[tuple[int, int]] = []
 
+    def narrow(self, holders: int, place: int) -> None:
+        """Only these have block `place`."""
+        if over := self.alive & ~holders:
+            self.ends.append((over, place))
+            self.alive ^= over
+
     def runs(self, num_keys: int) -> Runs:
         return (*self.ends, (self.alive, num_keys)) if self.alive else tuple(self.ends)
-
-
-def _narrow(dram: _Prefixes, both: _Prefixes, found: list[Holders | None], place: int) -> Holders:
-    """Take account of the holders of block `place` and on; the last of them. In one piece: most of a match's Python is here."""
-    holders = NOBODY
-    dram_alive, both_alive = dram.alive, both.alive
-    for held, same in groupby(found):
-        holders = held or NOBODY
-        in_dram, on_ssd = holders
-        if over := dram_alive & ~in_dram:
-            dram.ends.append((over, place))
-            dram_alive ^= over
-        if over := both_alive & ~(in_dram | on_ssd):
-            both.ends.append((over, place))
-            both_alive ^= over
-            if not both_alive:
-                break
-        place += len(list(same))
-    dram.alive, both.alive = dram_alive, both_alive
-    return holders

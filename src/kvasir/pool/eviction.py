@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from kvasir.core.keys import BlockKey
@@ -48,11 +48,11 @@ class Eviction(Protocol):
     Everything is told of many blocks at a time, because a call for each took longer than what it did.
     """
 
-    def add(self, blocks: Sequence[Block], now: float) -> None:
+    def add(self, blocks: list[Block], now: float) -> None:
         """These blocks were released by their last reader (or first published), in this order."""
         ...
 
-    def remove(self, blocks: Sequence[Block], now: float) -> None:
+    def remove(self, blocks: list[Block], now: float) -> None:
         """These blocks are leased again."""
         ...
 
@@ -75,10 +75,10 @@ class Lru:
     def __init__(self) -> None:
         self._order: OrderedDict[Block, None] = OrderedDict()
 
-    def add(self, blocks: Sequence[Block], now: float) -> None:
+    def add(self, blocks: list[Block], now: float) -> None:
         self._order.update(dict.fromkeys(blocks))
 
-    def remove(self, blocks: Sequence[Block], now: float) -> None:
+    def remove(self, blocks: list[Block], now: float) -> None:
         order = self._order
         for block in blocks:
             del order[block]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from heapq import heappop, heappush
 
 from kvasir.pool.eviction import Block
@@ -60,14 +60,14 @@ class Lfu:
         self._num_known = 0
         self._ghosts: Ghosts[int] = Ghosts()
 
-    def add(self, blocks: Sequence[Block], now: float) -> None:
+    def add(self, blocks: list[Block], now: float) -> None:
         for block in blocks:
             if not block.is_known:
                 block.is_known, block.past_uses = True, self._ghosts.recall(block.key) or 0
                 self._num_known += 1
             self._ranked.put(block, (block.past_uses + block.uses, 0))
 
-    def remove(self, blocks: Sequence[Block], now: float) -> None:
+    def remove(self, blocks: list[Block], now: float) -> None:
         for block in blocks:
             self._ranked.remove(block)
 
@@ -79,7 +79,9 @@ class Lfu:
     def victims(self, count: int, now: float) -> list[Block]:
         blocks = self._ranked.pop(count)
         self._num_known -= len(blocks)
-        self._ghosts.leave([(block.key, block.past_uses + block.uses) for block in blocks], self._num_known)
+        for block in blocks:
+            self._ghosts.leave(block.key, block.past_uses + block.uses)
+        self._ghosts.trim(self._num_known)
         return blocks
 
     def __len__(self) -> int:
@@ -95,11 +97,11 @@ class LengthAware:
     def __init__(self) -> None:
         self._ranked = _Ranked()
 
-    def add(self, blocks: Sequence[Block], now: float) -> None:
+    def add(self, blocks: list[Block], now: float) -> None:
         for block in blocks:
             self._ranked.put(block, (block.uses, -block.depth))
 
-    def remove(self, blocks: Sequence[Block], now: float) -> None:
+    def remove(self, blocks: list[Block], now: float) -> None:
         for block in blocks:
             self._ranked.remove(block)
 

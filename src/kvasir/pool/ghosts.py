@@ -28,13 +28,16 @@ class Ghosts(Generic[T]):
     def __len__(self) -> int:
         return len(self._past)
 
-    def leave(self, gone: list[tuple[BlockKey, T]], num_blocks: int) -> None:
-        """Blocks were evicted, in this order, beside which `num_blocks` stay."""
+    def leave(self, key: BlockKey, past: T) -> None:
+        """A block was evicted, after those that left before."""
         ghosts = self._past
-        if not ghosts.keys().isdisjoint([key for key, _ in gone]):
-            for key, _ in gone:
-                ghosts.pop(key, None)
-        ghosts.update(gone)
+        if key in ghosts:
+            del ghosts[key]
+        ghosts[key] = past
+
+    def trim(self, num_blocks: int) -> None:
+        """Beside so many blocks that stay, some may have to be forgotten."""
+        ghosts = self._past
         limit = GHOSTS_PER_BLOCK * num_blocks
         if limit > self._limit:
             self._limit = limit
@@ -42,9 +45,9 @@ class Ghosts(Generic[T]):
             for oldest in list(islice(ghosts, max(1, self._limit // FORGOTTEN_AT_ONCE))):
                 del ghosts[oldest]
 
-    def has_any(self, keys: list[BlockKey]) -> bool:
-        return not self._past.keys().isdisjoint(keys)
-
     def recall(self, key: BlockKey) -> T | None:
         """What was left behind under the key, if anything; it is forgotten with this."""
-        return self._past.pop(key, None)
+        past = self._past.get(key)
+        if past is not None:
+            del self._past[key]
+        return past

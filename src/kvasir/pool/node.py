@@ -14,10 +14,10 @@ a lease pins every published block of its sequence, so an evictor that honours t
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, assert_never
+from typing import Any, Final, Literal, assert_never
 
 from msgspec.structs import replace
 
@@ -68,9 +68,7 @@ from kvasir.pool.leases import Lease, Load, Owner, ledger_problems
 from kvasir.pool.retention import Retention
 from kvasir.pool.slots import SlotTable
 from kvasir.pool.ssd import SsdTier
-
-STORY_LENGTH = 64
-"""Events that a node remembers, for the story of a broken invariant."""
+from kvasir.pool.story import Story
 
 MAX_SPILLING = 32
 """Blocks on their way to the SSD at a time: with blocks of some MiB, enough to keep it busy and little to hold back."""
@@ -120,7 +118,7 @@ class PoolNode:
         self._owners: dict[str, Owner] = {}
         self._leases: dict[str, Lease] = {}
         self._offers: dict[str, None] = {}
-        self._story: deque[tuple[float, PoolEvent]] = deque(maxlen=STORY_LENGTH)
+        self._story = Story()
         self._counters = Counters()
         self._low_free, self._high_free = low_free, max(low_free, high_free)
         self._retention: Retention | None = None
@@ -129,7 +127,7 @@ class PoolNode:
 
     def handle(self, event: PoolEvent, now: float) -> list[PoolAnswer]:
         """Answers to the owner that asked, Stored and Removed to whoever keeps a directory, the rest to the body."""
-        self._story.append((now, event))
+        self._story.tell(now, event)
         answers = self._answer(event, now)
         if self._retention is not None:
             answers += self._evicted(self._retention.trim(now), "quota", now)
@@ -254,19 +252,23 @@ class PoolNode:
         lease = self._held(owner, event.lease)
         if lease is None:
             return self._refuse("unknown_lease", f"{event.owner} does not hold lease {event.lease!r}")
-        slots, removed = self._take(len(event.keys), now, lease.tenant)
+        keys = event.keys
+        slots, answers = self._take(len(keys), now, lease.tenant)
+        answers.append(Reserved(slots))
         if not slots:
-            return [*removed, Reserved(())]
-        keys = event.keys if len(slots) == len(event.keys) else event.keys[: len(slots)]
+            return answers
+        if len(slots) < len(keys):
+            keys = keys[: len(slots)]
         if self._retention is None and (blocks := self._slots.publish_new(keys, slots, len(lease.slots))):
             lease.slots += slots
             lease.pinned += blocks
             if self._ssd is not None:
                 self._ssd.published(keys, now)
-            return [*removed, Reserved(slots), Stored(keys)]
+            answers.append(Stored(keys))
+            return answers
         owner.reserved.update(slots)
         keyed = tuple([KeyedSlot(key, slot) for key, slot in zip(keys, slots, strict=True)])
-        return [*removed, Reserved(slots), *self._publish(owner, PutEnd(event.owner, event.epoch, event.lease, keyed), now)]
+        return answers + self._publish(owner, PutEnd(event.owner, event.epoch, event.lease, keyed), now)
 
     def _take(self, count: int, now: float, tenant: str = "") -> tuple[tuple[int, ...], list[PoolAnswer]]:
         """Slots, and what to say about the blocks that were evicted for them."""
@@ -276,9 +278,11 @@ class PoolNode:
             removed = self._evicted(own, "quota", now)
             count = min(count, len(self._slots.free) + room)
         slots, evicted = self._slots.take(count, now)
-        return slots, removed + self._evicted(evicted, "evicted", now) if evicted else removed
+        if evicted:
+            removed += self._evicted(evicted, "evicted", now)
+        return slots, removed
 
-    def _evicted(self, blocks: Sequence[Block], reason: str, now: float) -> list[PoolAnswer]:
+    def _evicted(self, blocks: list[Block], reason: str, now: float) -> list[PoolAnswer]:
         """DRAM let go of these."""
         if not blocks:
             return []
@@ -317,12 +321,12 @@ class PoolNode:
 
     def _fill(self, owner: Owner, lease: Lease, blocks: Sequence[KeyedSlot], now: float) -> list[BlockKey]:
         """Publish what the lease holds or the owner has reserved; the keys that were not published before."""
-        slots, keys = [block.slot for block in blocks], [block.key for block in blocks]
+        slots, keys = tuple([block.slot for block in blocks]), tuple([block.key for block in blocks])
         if owner.reserved.issuperset(slots) and (new := self._slots.publish_new(keys, slots, len(lease.slots))):
             owner.reserved.difference_update(slots)
             lease.slots += slots
             lease.pinned += new
-            return keys
+            return list(keys)
         private, held, reserved, publish = lease.private, lease.slots, owner.reserved, self._slots.publish
         stored: list[BlockKey] = []
         for block in blocks:
@@ -353,35 +357,37 @@ class PoolNode:
     # --- leases ------------------------------------------------------------------------------------------------
 
     def _lease(self, owner: Owner, event: LeaseBlocks, now: float) -> list[PoolAnswer]:
-        if event.lease in self._leases:
-            return self._refuse("lease_exists", f"lease {event.lease!r} is open already")
-        blocks = self._slots.pin_prefix(event.keys, now)
+        lease_id, keys, tenant = event.lease, event.keys, event.tenant
+        if lease_id in self._leases:
+            return self._refuse("lease_exists", f"lease {lease_id!r} is open already")
+        blocks = self._slots.pin_prefix(keys, now)
         if event.is_lookup:
-            self._counters.lookups += len(event.keys)
+            self._counters.lookups += len(keys)
             self._counters.hits += len(blocks)
-        lease = self._leases[event.lease] = Lease(event.owner, blocks, event.tenant)
-        if event.tenant and self._retention is None:
+        lease = self._leases[lease_id] = Lease(event.owner, blocks, tenant)
+        if tenant and self._retention is None:
             self._retain()
-        owner.leases[event.lease] = None
+        owner.leases[lease_id] = None
         if self._ssd is None:
-            return [Leased(event.lease, tuple(lease.slots))]
-        on_ssd = len(self._ssd.prefix(event.keys[len(blocks) :]))
+            return [Leased(lease_id, tuple(lease.slots))]
+        on_ssd = len(self._ssd.prefix(keys[len(blocks) :]))
         if event.is_lookup:
             self._ssd.counters.ssd_hits += on_ssd
-        return [Leased(event.lease, tuple(lease.slots), on_ssd)]
+        return [Leased(lease_id, tuple(lease.slots), on_ssd)]
 
     def _release(self, owner: Owner, event: ReleaseLease, now: float) -> list[PoolAnswer]:
-        lease = self._leases.get(event.lease)
-        if lease is not None and lease.owner not in (event.owner, None):
-            return self._refuse("unknown_lease", f"lease {event.lease!r} belongs to {lease.owner}, not to {event.owner}")
-        if event.slots:
-            if bad := self._not_givable(owner, lease, event.slots):
+        lease_id, slots = event.lease, event.slots
+        lease = self._leases.get(lease_id)
+        if lease is not None and lease.owner is not None and lease.owner != event.owner:
+            return self._refuse("unknown_lease", f"lease {lease_id!r} belongs to {lease.owner}, not to {event.owner}")
+        if slots:
+            if bad := self._not_givable(owner, lease, slots):
                 return self._refuse("bad_slot", f"{event.owner} cannot free slots {bad}: neither reserved nor private here")
-            freed = [slot for slot in event.slots if slot in owner.reserved]
+            freed = [slot for slot in slots if slot in owner.reserved]
             owner.reserved.difference_update(freed)
             self._slots.give_back(freed)
         if lease is not None:
-            self._close(event.lease, now)
+            self._close(lease_id, now)
         return []
 
     def _offer(self, owner: Owner, event: OfferLease, now: float) -> list[PoolAnswer]:
@@ -422,7 +428,8 @@ class PoolNode:
 
     def _close(self, lease_id: str, now: float) -> None:
         """End a lease: free what is private to it, unpin the rest deepest first."""
-        lease = self._leases.pop(lease_id)
+        lease = self._leases[lease_id]
+        del self._leases[lease_id]
         if lease.owner is None:
             del self._offers[lease_id]
         else:
@@ -641,7 +648,7 @@ class PoolNode:
         return [Refused(code, message)]
 
 
-_OF_OWNERS: dict[type[PoolEvent], Callable[[PoolNode, Owner, Any, float], list[PoolAnswer]]] = {
+_OF_OWNERS: Final[dict[type[PoolEvent], Callable[[PoolNode, Owner, Any, float], list[PoolAnswer]]]] = {
     PutStart: PoolNode._reserve,
     PutEnd: PoolNode._publish,
     Insert: PoolNode._insert,

@@ -48,13 +48,13 @@ class Retention:
     def __iter__(self) -> Iterator[Block]:
         return iter(self._place)
 
-    def add(self, blocks: Sequence[Block], now: float) -> None:
+    def add(self, blocks: list[Block], now: float) -> None:
         for block in blocks:
             place = self._place[block] = self._place_of(block)
             place.add([block], now)
             self.quotas.released(block)
 
-    def remove(self, blocks: Sequence[Block], now: float) -> None:
+    def remove(self, blocks: list[Block], now: float) -> None:
         for block in blocks:
             self._place.pop(block).remove([block], now)
             self.quotas.leased(block)

@@ -68,9 +68,10 @@ class ReuseRates:
 
     def used(self, key: BlockKey, now: float) -> None:
         """A block was asked for again, whether it was still here or not."""
-        past = self._watched.pop(key, None)
+        past = self._watched.get(key)
         if past is None:
             return
+        del self._watched[key]
         self._used[past[0]][_octave(now - past[1])] += 1.0
 
     def _count(self, now: float) -> None:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from kvasir.core.keys import BlockKey
 from kvasir.pool.eviction import Block, Eviction
 
 T = TypeVar("T", bound=Eviction)
-
-
-CHUNK: Final = 512
-"""Keys that are looked up at a time: few enough to waste little behind the end of a prefix."""
 
 
 class SlotTable:
@@ -39,9 +35,10 @@ class SlotTable:
         evicted = self._evict(count, now) if count > len(self.free) else []
         free = self.free
         left = max(0, len(free) - count)
-        slots = tuple(reversed(free[left:]))
+        slots = free[left:]
+        slots.reverse()
         del free[left:]
-        return slots, evicted
+        return tuple(slots), evicted
 
     def give_back(self, slots: Iterable[int]) -> None:
         """These become free."""
@@ -63,32 +60,33 @@ class SlotTable:
         block = self.index[key] = Block(key, slot, depth, depth, uses=1, pins=1)
         return block
 
-    def publish_new(self, keys: Sequence[BlockKey], slots: Sequence[int], depth: int) -> list[Block]:
+    def publish_new(self, keys: tuple[BlockKey, ...], slots: tuple[int, ...], depth: int) -> list[Block]:
         """As `publish`, of blocks from `depth` on, if none of the keys is published and none named twice; else nothing."""
         index = self.index
-        if not index.keys().isdisjoint(keys) or len(set(keys)) < len(keys):
-            return []
         blocks: list[Block] = []
         for place, key in enumerate(keys):
-            block = index[key] = Block(key, slots[place], depth, depth, uses=1, pins=1)
+            block = Block(key, slots[place], depth, depth, uses=1, pins=1)
+            if index.setdefault(key, block) is not block:
+                for published in blocks:
+                    del index[published.key]
+                return []
             blocks.append(block)
             depth += 1
         return blocks
 
     def pin_prefix(self, keys: Sequence[BlockKey], now: float) -> list[Block]:
         """Pin the longest published prefix of `keys`; its blocks in order."""
+        index = self.index
         blocks: list[Block] = []
-        get = self.index.get
-        for start in range(0, len(keys), CHUNK):
-            found = list(map(get, keys[start : start + CHUNK]))
-            if None in found:
-                blocks += found[: found.index(None)]  # type: ignore[arg-type]  # all before the first None
+        for key in keys:
+            block = index.get(key)
+            if block is None:
                 break
-            blocks += found  # type: ignore[arg-type]
+            blocks.append(block)
         self._pin(blocks, now)
         return blocks
 
-    def unpin(self, blocks: Sequence[Block], now: float) -> None:
+    def unpin(self, blocks: list[Block], now: float) -> None:
         """Unpin the blocks of one sequence, given in order of depth; the deepest become idle first."""
         deepest = len(blocks) - 1
         idle: list[Block] = []
@@ -116,7 +114,7 @@ class SlotTable:
     def unpublish(self, block: Block) -> None:
         """Free the slot of a block that nobody leases and that has left the eviction order."""
         del self.index[block.key]
-        if block.slot in self.writing:
+        if self.writing and block.slot in self.writing:
             self.gone.add(block.slot)
         else:
             self.free.append(block.slot)
@@ -143,7 +141,7 @@ class SlotTable:
             slots = sorted(block.slot for block in idle), sorted(block.slot for block in unpinned)
             yield f"eviction order holds {slots[0]}, published and not pinned are {slots[1]}"
 
-    def _pin(self, blocks: Sequence[Block], now: float) -> None:
+    def _pin(self, blocks: list[Block], now: float) -> None:
         idle: list[Block] = []
         for block in blocks:
             block.uses += 1

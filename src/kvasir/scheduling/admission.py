@@ -139,7 +139,7 @@ class Predictive(Once):
 
     def _cost_s(self, plan: Plan) -> float:
         """Prefill seconds for each unit of worth."""
-        tokens = plan.request.num_prompt_tokens
+        tokens = plan.num_prompt_tokens
         self._num_seen = min(self._num_seen + 1, MEMORY)
         self._mean_tokens += (tokens - self._mean_tokens) / self._num_seen
         cost_s = plan.candidate.prefill_s * max(1, len(plan.candidate.group)) / (1.0 + tokens / self._mean_tokens)
@@ -174,7 +174,7 @@ def ttft_limit_s(slo: Slo | ScaledSlo, num_prompt_tokens: int, costs: CostModel)
 
 
 def late_first_token(plan: Plan, slo: Slo | ScaledSlo, costs: CostModel) -> Refusal | None:
-    limit_s = ttft_limit_s(slo, plan.request.num_prompt_tokens, costs)
+    limit_s = ttft_limit_s(slo, plan.num_prompt_tokens, costs)
     if plan.ttft_s <= limit_s:
         return None
     message = f"predicted TTFT {format_duration(plan.ttft_s)} exceeds the SLO of {format_duration(limit_s)}"
@@ -196,7 +196,7 @@ def slow_decode(plan: Plan, decode: DecodeChoice, slo: Slo | ScaledSlo, costs: C
 
 def _with(plan: Plan, others: int, context_tokens: int, costs: CostModel) -> DecodeChoice:
     """The decode choice as if its instance had so many others in its batch; room is judged by the batch alone."""
-    batch, context = others + 1, context_tokens + plan.request.num_prompt_tokens
+    batch, context = others + 1, context_tokens + plan.num_prompt_tokens
     decode = plan.decode
     overflow = max(0, decode.ahead - max(0, decode.batch - batch))
     return DecodeChoice(decode.instance, costs.decode_step_s(batch, context), batch, context, overflow == 0, overflow)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from kvasir.core.commands import (
     Chunk,
@@ -55,7 +55,8 @@ class Batcher:
         self._queues = Queues(self._decodes)
         self._stash: list[int] = []
         self._former = StepFormer(config, quick(costs) if costs is not None else None, self._queues, self._stash)
-        self._step: Step | None = None  # in flight: all of `_decodes`, and
+        self._step: Step | None = None  # in flight, `_repeats` times at most: all of `_decodes`, and
+        self._repeats = 1
         self._prompts: list[Sequence] = []
         self._leaving: list[Sequence] = []  # decodes in flight that were cancelled
         self._num_submitted = 0
@@ -85,23 +86,28 @@ class Batcher:
         """Whether the pool gave fewer pages than are needed; it is asked again at the next event, a Tick at the latest."""
         return self._is_short
 
-    def load(self) -> InstanceLoad:
-        """The queues as of the last StepDone. `free_kv_tokens` is only the stash; the body adds what the pool has free."""
+    def load(self, *, waiting: int = 0, waiting_tokens: int = 0, free_kv_tokens: int = 0) -> InstanceLoad:
+        """The queues as of the last StepDone and the pages in the stash, beside what only the body knows of."""
         queues = self._queues
-        idle, waiting_tokens, context_tokens = 0, 0, self._decodes.context_tokens
-        for seq in queues.idle:
-            idle += seq.has_begun
-        for seq in (*queues.begun, *queues.waiting, *queues.idle):
+        context_tokens, num_held_up = self._decodes.context_tokens, 0
+        for seq in queues.waiting:
             waiting_tokens += seq.num_tokens - seq.num_computed
-        for seq in (*queues.paused, *queues.begun, *queues.idle):
+        for seq in queues.paused:
+            context_tokens += seq.num_tokens
+        for seq in queues.begun:
+            waiting_tokens += seq.num_tokens - seq.num_computed
+            context_tokens += seq.num_tokens
+        for seq in queues.idle:
+            waiting_tokens += seq.num_tokens - seq.num_computed
             if seq.has_begun:
                 context_tokens += seq.num_tokens
+                num_held_up += 1
         return InstanceLoad(
-            waiting=len(queues.waiting) + len(queues.ready) + len(queues.idle) - idle,
-            running=queues.num_running + idle,
+            waiting=waiting + len(queues.waiting) + len(queues.ready) + len(queues.idle) - num_held_up,
+            running=queues.num_running + num_held_up,
             waiting_tokens=waiting_tokens,
             context_tokens=context_tokens,
-            free_kv_tokens=len(self._stash) * self._config.block_tokens,
+            free_kv_tokens=free_kv_tokens + len(self._stash) * self._config.block_tokens,
         )
 
     def check(self) -> None:
@@ -141,8 +147,8 @@ class Batcher:
         step = self._step
         if step is None:
             raise InvariantError("StepDone without a step in flight")
-        passes, finished = event.steps, frozenset(event.finished)
-        if not (1 if self._prompts or finished else 0) <= passes <= step.repeats:
+        passes, finished = event.steps, frozenset(event.finished) if event.finished else _NOBODY
+        if not (1 if self._prompts or finished else 0) <= passes <= self._repeats:
             raise InvariantError(f"a step of {step.repeats} passes was in flight, got {event}")
         self._step = None
         touched = self._decodes.advance(passes)
@@ -269,13 +275,15 @@ class Batcher:
         self._prompts = self._former.form(is_short=self._is_short, is_held=self._is_held)
         decodes = self._decodes
         batch = len(decodes.members)
+        self._repeats = 1
         if self._prompts:
             chunks = tuple([chunk_of(seq) for seq in self._prompts])
             return Step(chunks, batch, decodes.context_tokens)
         if batch:
             most = 1 if self._former.puts_off else self._config.max_repeats
-            repeats = min(most, decodes.passes_until_due()) if most > 1 else 1
-            return Step((), batch, decodes.context_tokens, repeats)
+            if most > 1:
+                self._repeats = min(most, decodes.passes_until_due())
+            return Step((), batch, decodes.context_tokens, self._repeats)
         return None
 
     def _ask(self, commands: list[Command]) -> None:
@@ -324,7 +332,9 @@ class Batcher:
         self._is_held = False
 
 
-_HANDLERS: dict[type[Event], Callable[[Batcher, Any, list[Command], float], None]] = {
+_NOBODY: Final[frozenset[str]] = frozenset()
+
+_HANDLERS: Final[dict[type[Event], Callable[[Batcher, Any, list[Command], float], None]]] = {
     StepDone: Batcher._step_done,
     Submitted: Batcher._submitted,
     Extended: Batcher._extended,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right, insort
 from operator import attrgetter
+from typing import Final
 
 from kvasir.core.errors import InvariantError
 
@@ -24,8 +25,8 @@ class Entry:
         self.due_s = due_s
 
 
-_place = attrgetter("rank", "number")
-_rank = attrgetter("rank")
+_place: Final = attrgetter("rank", "number")
+_rank: Final = attrgetter("rank")
 
 
 class PrefillBook:
@@ -101,18 +102,24 @@ class PrefillBook:
         rank = now if rank is None else rank
         entry = Entry(request_id, seconds, tokens, sent_s=now, rank=rank, number=self._number, due_s=due_s)
         self._by_id[request_id] = entry
-        insort(self._order, entry, key=_place)
+        order = self._order
+        if not order or order[-1].rank <= rank:  # mostly
+            order.append(entry)
+        else:
+            insort(order, entry, key=_place)
         self.pending_s += seconds
         self.tokens += tokens
 
     def left(self, request_id: str, now: float) -> None:
         """The prefill is done, or will never be; unknown ids are ignored."""
-        entry = self._by_id.pop(request_id, None)
+        entry = self._by_id.get(request_id)
         if entry is None:
             return
+        del self._by_id[request_id]
         worked_s = self._worked_s(now)
-        index = bisect_left(self._order, _place(entry), key=_place)
-        del self._order[index]
+        order = self._order
+        index = 0 if order[0] is entry else bisect_left(order, _place(entry), key=_place)
+        del order[index]
         self.tokens -= entry.tokens
         self.pending_s = self.pending_s - entry.seconds if self._order else 0.0
         self._done_s = max(0.0, worked_s - entry.seconds) if index == 0 else min(worked_s, self.pending_s)

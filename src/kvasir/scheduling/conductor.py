@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Set
 from random import Random
-from typing import Any
+from typing import Any, Final
 
 from msgspec import structs
 
@@ -25,6 +25,8 @@ from kvasir.scheduling.placer import ConductorConfig, Placer, Proposal, Rules
 from kvasir.scheduling.plan import Refusal
 from kvasir.scheduling.replication import Replication
 from kvasir.scheduling.roles import Roles
+
+NOBODY: Final[frozenset[str]] = frozenset()
 
 RequestEvent = ev.PrefillDone | ev.Finished | ev.Aborted | ev.Failed
 
@@ -96,7 +98,7 @@ class Conductor:
     def wants_report(self, instance: str, epoch: int) -> bool:
         """Whether a heartbeat of this incarnation would change anything: it has prefills to account for, or is not known."""
         known = self._fleet.get(instance)
-        return known is None or known.info.epoch != epoch or len(known.book) > 0
+        return known is None or len(known.book) > 0 or known.info.epoch != epoch
 
     def placed(self, request_id: str) -> Placed | None:
         """Where a request is, to be read only; None before its arrival and after its outcome."""
@@ -162,8 +164,9 @@ class Conductor:
             outcome = "aborted" if isinstance(event, ev.Aborted) else "finished"
             self.counters[outcome if is_homeless else "late_events"] += 1
             return []
-        is_stale = not isinstance(event, ev.Aborted) and event.instance not in placed.holders
-        handler = None if is_stale else _TABLE[placed.state, type(event)]
+        handler = _TABLE[placed.state, type(event)]
+        if handler is not None and not isinstance(event, ev.Aborted) and event.instance not in placed.holders:
+            handler = None
         if handler is None:
             self.counters["stale_events"] += 1
             return []
@@ -247,29 +250,32 @@ class Conductor:
         return [self._fail(h.placed.request.id, "no_instance", f"no {role} instance came back; {h.why}") for h in over]
 
     def _start(self, request: Request, proposal: Proposal, now: float, before: Placed | None = None) -> Prefill:
-        chosen, decode = proposal.choice.chosen, proposal.decode.instance
+        choice, decode = proposal.choice, proposal.decode
+        chosen = choice.chosen
+        request_id, prefill = request.id, chosen.instance
         placed = Placed(
             request,
-            chosen.instance,
+            prefill,
             group=chosen.group,
-            hands_off=chosen.instance != decode,
+            hands_off=prefill != decode.instance,
             attempts=before.attempts + 1 if before else 1,
-            failed_on=before.failed_on if before else frozenset(),
+            failed_on=before.failed_on if before else NOBODY,
         )
-        self._requests[request.id] = placed
+        self._requests[request_id] = placed
         self._num_prefilling += 1
+        tokens: int = request.num_prompt_tokens - chosen.prefix_tokens
         for name in placed.members:
             self._fleet.sent(
                 name,
-                request.id,
+                request_id,
                 seconds=proposal.work_s,
-                tokens=request.num_prompt_tokens - chosen.prefix_tokens,
+                tokens=tokens,
                 now=now,
                 rank=proposal.rank,
                 due_s=proposal.due_s,
             )
-        self._sit(placed, proposal.decode, now + chosen.ttft_s, now)
-        return Prefill(request.id, chosen.instance, decode, chosen, proposal.decision, proposal.rank)
+        self._sit(placed, decode, now + choice.ttft_s, now)
+        return Prefill(request_id, prefill, decode.instance, chosen, proposal.decision, proposal.rank)
 
     def _sit(self, placed: Placed, decode: DecodeChoice, joins_s: float, now: float) -> None:
         request, placer = placed.request, self._placer
@@ -333,11 +339,12 @@ class Conductor:
         return [*stops, *again, *self._house(now), *self._review(now)]
 
     def _heartbeat(self, event: ev.Heartbeat, now: float) -> list[Command]:
-        known = self._fleet.get(event.instance)
+        instance = event.instance
+        known = self._fleet.get(instance)
         if known is None or known.info.epoch != event.epoch:
             self.counters["stale_events"] += 1
         else:
-            self._fleet.reported(event.instance, event.load, settle_s=self._config.settle_s, now=now)
+            self._fleet.reported(instance, event.load, settle_s=self._config.settle_s, now=now)
         return []
 
     def _blocks_stored(self, event: ev.BlocksStored, now: float) -> list[Command]:
@@ -376,7 +383,7 @@ class Conductor:
 
 _Handler = Callable[[Conductor, Placed, RequestEvent, float], list[Command]]
 
-_TABLE: dict[tuple[State, type[RequestEvent]], _Handler | None] = {
+_TABLE: Final[dict[tuple[State, type[RequestEvent]], _Handler | None]] = {
     (State.PREFILLING, ev.PrefillDone): Conductor._prefill_done,
     (State.PREFILLING, ev.Finished): Conductor._finished,  # one token was all it wanted
     (State.PREFILLING, ev.Aborted): Conductor._aborted,
@@ -388,7 +395,7 @@ _TABLE: dict[tuple[State, type[RequestEvent]], _Handler | None] = {
 }
 """What happens to a request, by where it is. None: can arise by a race, is counted and ignored."""
 
-_HANDLERS: dict[type[ev.Event], Callable[[Conductor, Any, float], list[Command]]] = {
+_HANDLERS: Final[dict[type[ev.Event], Callable[[Conductor, Any, float], list[Command]]]] = {
     ev.Heartbeat: Conductor._heartbeat,
     ev.BlocksStored: Conductor._blocks_stored,
     ev.BlocksRemoved: Conductor._blocks_removed,

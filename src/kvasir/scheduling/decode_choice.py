@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Final
 
 import numpy as np
-from msgspec import Struct
 from msgspec.structs import replace
 
 from kvasir.core.commands import Candidate
@@ -17,18 +16,21 @@ FULL: Final = 0.85
 """Instances that only decode are filled up to this as long as others can take the rest: what is left takes a burst."""
 
 
-class DecodeChoice(Struct, frozen=True):
+class DecodeChoice:
     """`tbt_s` is the predicted step time of the batch with the request in it.
 
     Not `fits`: `ahead` requests, at least, must leave before there is room for it.
     """
 
-    instance: str
-    tbt_s: float
-    batch: int
-    context_tokens: int
-    fits: bool
-    ahead: int
+    __slots__ = ("ahead", "batch", "context_tokens", "fits", "instance", "tbt_s")
+
+    def __init__(self, instance: str, tbt_s: float, batch: int, context_tokens: int, fits: bool, ahead: int):
+        self.instance = instance
+        self.tbt_s = tbt_s
+        self.batch = batch
+        self.context_tokens = context_tokens
+        self.fits = fits
+        self.ahead = ahead
 
 
 DecodeRule = Callable[[ClusterView, Candidate | None, int], DecodeChoice]

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from heapq import heappop, heappush
 
 from kvasir.core.commands import Chunk
 from kvasir.scheduling.sequence import Sequence, rank_of
+
+
+class _Due:
+    """Member `seq` is due when so many `passes` are made; void when it has another ticket."""
+
+    __slots__ = ("passes", "seq", "ticket")
+
+    def __init__(self, passes: int, seq: Sequence):
+        self.passes = passes
+        self.seq = seq
+        self.ticket = seq.ticket
 
 
 class DecodeSet:
@@ -24,7 +34,7 @@ class DecodeSet:
         self.members: dict[str, Sequence] = {}
         self._passes = 0
         self._tickets = 0
-        self._schedule: list[tuple[int, int, Sequence]] = []  # (due, ticket, member), a heap; an old ticket is void
+        self._schedule: list[_Due] = []  # who is due first is at the end, of several the least ticket
         self.context_tokens = 0
         """Tokens read by the next pass: for each member those computed and the one that it computes."""
         self.growth = 0
@@ -66,11 +76,11 @@ class DecodeSet:
         self.context_tokens += passes * len(self.members)
         due: list[Sequence] = []
         schedule, made = self._schedule, self._passes
-        while schedule and schedule[0][0] <= made:
-            _, ticket, seq = heappop(schedule)
-            if seq.ticket == ticket:
-                self.settle(seq)
-                due.append(seq)
+        while schedule and schedule[-1].passes <= made:
+            first = schedule.pop()
+            if first.seq.ticket == first.ticket:
+                self.settle(first.seq)
+                due.append(first.seq)
         return due
 
     def schedule(self, seq: Sequence) -> None:
@@ -86,11 +96,22 @@ class DecodeSet:
             passes = min(passes, block_tokens - (computed + ahead) % block_tokens)
         self._tickets += 1
         seq.ticket = self._tickets
-        heappush(self._schedule, (self._passes + passes, seq.ticket, seq))
+        self._plan(_Due(self._passes + passes, seq))
+
+    def _plan(self, due: _Due) -> None:
+        schedule = self._schedule
+        low, high = 0, len(schedule)
+        while low < high:
+            middle = (low + high) >> 1
+            if schedule[middle].passes > due.passes:
+                low = middle + 1
+            else:
+                high = middle
+        schedule.insert(low, due)
 
     def passes_until_due(self) -> int:
         """Passes to make until somebody is due. The set must not be empty."""
         schedule = self._schedule
-        while schedule[0][1] != schedule[0][2].ticket:
-            heappop(schedule)
-        return schedule[0][0] - self._passes
+        while schedule[-1].ticket != schedule[-1].seq.ticket:
+            schedule.pop()
+        return schedule[-1].passes - self._passes

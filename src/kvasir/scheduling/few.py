@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Final
 
 from kvasir.core.commands import Candidate
 from kvasir.costs.quick import QuickCosts
@@ -21,14 +22,33 @@ FEW = 128
 """Instances up to which numbers are used: as machine code they are faster up to some hundred and fifty, else up to sixty."""
 
 
-class FewView:
-    """The cluster at one moment, for one prompt. `wait_s`, `pace` and `prefix_tokens` have a number for each of `prefillers`.
+NEVER_S: Final = math.inf
 
-    All else is as in ClusterView. Valid until the fleet changes.
+
+class Prefiller:
+    """An instance that can prefill, for one prompt: free in `wait_s`, for a share `pace` of its time.
+
+    `local_s` and `fetch_s` are as ClusterView has them.
+    """
+
+    __slots__ = ("fetch_s", "instance", "local_s", "pace", "prefix_tokens", "wait_s")
+
+    def __init__(self, instance: Instance, wait_s: float, pace: float, prefix_tokens: int, local_s: float, fetch_s: float):
+        self.instance = instance
+        self.wait_s = wait_s
+        self.pace = pace
+        self.prefix_tokens = prefix_tokens
+        self.local_s = local_s
+        self.fetch_s = fetch_s
+
+
+class FewView:
+    """The cluster at one moment, for one prompt; all that is not said here is as in ClusterView. Valid until the fleet changes.
+
+    The rest of the prompt behind the longest prefix takes `rest_s` alone.
     """
 
     __slots__ = (
-        "_known_s",
         "best_tokens",
         "chunk_tokens",
         "costs",
@@ -39,12 +59,10 @@ class FewView:
         "layerwise",
         "max_stages",
         "num_prompt_tokens",
-        "pace",
         "prefillers",
-        "prefix_tokens",
+        "rest_s",
         "source",
         "tbt_s",
-        "wait_s",
     )
 
     def __init__(
@@ -65,12 +83,7 @@ class FewView:
         max_stages: int,
     ):
         self.fleet = fleet
-        self.prefillers = fleet.prefillers
         self.decoders = fleet.decoders
-        books = [known.book for known in self.prefillers]
-        self.wait_s = [book.wait_s(now, rank) for book in books]
-        self.pace = [book.pace for book in books]
-        self.prefix_tokens = [count * block_tokens for count in fleet.blocks_at_prefillers(match)]
         self.num_prompt_tokens = num_prompt_tokens
         self.best_tokens = match.best * block_tokens
         self.source = match.source
@@ -81,53 +94,65 @@ class FewView:
         self.tbt_s = tbt_s
         self.layerwise = layerwise
         self.max_stages = max_stages
-        self._known_s: dict[int, float] = {}
+        self.rest_s: float = self.prefill_s(self.best_tokens)
+        blocks = fleet.blocks_at_prefillers(match)
+        self.prefillers = [
+            self._prefiller(known, known.book.wait_s(now, rank), blocks[row] * block_tokens)
+            for row, known in enumerate(fleet.prefillers)
+        ]
 
     def prefill_s(self, cached_tokens: int) -> float:
-        known_s = self._known_s.get(cached_tokens)
-        if known_s is None:
-            known_s = self.costs.prompt_s(self.num_prompt_tokens, cached_tokens, self.chunk_tokens)
-            self._known_s[cached_tokens] = known_s
-        return known_s
+        return self.costs.prompt_s(self.num_prompt_tokens, cached_tokens, self.chunk_tokens)
 
     def transfer_s(self, tokens: int) -> float:
         return self.costs.transfer_s(tokens * self.kv_bytes_per_token) if tokens > 0 else 0.0
 
-    def local_and_fetch_s(self) -> list[tuple[float, float]]:
-        """For each of `prefillers`, as ClusterView's `local_s` and `fetch_s`."""
-        best, is_layerwise = self.best_tokens, self.layerwise
-        rest_s = self.prefill_s(best)
-        by_prefix = {prefix: (self.prefill_s(prefix), self.transfer_s(best - prefix)) for prefix in set(self.prefix_tokens)}
-        never = math.inf
-        seconds: list[tuple[float, float]] = []
-        for row, prefix in enumerate(self.prefix_tokens):
-            prefill_s, transfer_s = by_prefix[prefix]
-            pace = self.pace[row]
-            if transfer_s <= 0.0:
-                seconds.append((prefill_s / pace, never))
-                continue
-            if is_layerwise:
-                transfer_s = transfer_s - self.wait_s[row] - rest_s
-                if transfer_s < 0.0:
-                    transfer_s = 0.0
-            seconds.append((prefill_s / pace, transfer_s + rest_s / pace))
-        return seconds
+    def _prefiller(self, known: Instance, wait_s: float, prefix_tokens: int) -> Prefiller:
+        pace, missing = known.book.pace, self.best_tokens - prefix_tokens
+        prefill_s = self.prefill_s(prefix_tokens) if missing else self.rest_s
+        transfer_s = self.transfer_s(missing)
+        if transfer_s <= 0.0:
+            return Prefiller(known, wait_s, pace, prefix_tokens, prefill_s / pace, NEVER_S)
+        if self.layerwise:
+            transfer_s = transfer_s - wait_s - self.rest_s
+            if transfer_s < 0.0:
+                transfer_s = 0.0
+        return Prefiller(known, wait_s, pace, prefix_tokens, prefill_s / pace, transfer_s + self.rest_s / pace)
 
     def local(self, row: int) -> Candidate:
-        prefix = self.prefix_tokens[row]
-        prefill_s = self.prefill_s(prefix) / self.pace[row]
-        return Candidate(self.prefillers[row].id, self.wait_s[row], 0.0, prefill_s, prefix)
+        known = self.prefillers[row]
+        return Candidate(known.instance.id, known.wait_s, 0.0, known.local_s, known.prefix_tokens)
+
+    def fetch(self, row: int) -> Candidate:
+        """Only where `fetch_s` is finite."""
+        known, best = self.prefillers[row], self.best_tokens
+        prefill_s = self.rest_s / known.pace
+        transfer_s = max(0.0, known.fetch_s - prefill_s)
+        fetch_tokens = best - known.prefix_tokens
+        return Candidate(known.instance.id, known.wait_s, transfer_s, prefill_s, best, fetch_tokens, self.source)
+
+    def faster(self, row: int) -> Candidate:
+        """Of both."""
+        known = self.prefillers[row]
+        return self.fetch(row) if known.fetch_s < known.local_s else self.local(row)
 
     def pipeline(self, rows: list[int]) -> Candidate:
-        group = tuple([self.prefillers[row].id for row in rows])
-        return staged(self, group, wait_s=max([self.wait_s[row] for row in rows]), pace=min([self.pace[row] for row in rows]))
+        stages = [self.prefillers[row] for row in rows]
+        group = tuple([stage.instance.id for stage in stages])
+        wait_s, pace = max([stage.wait_s for stage in stages]), min([stage.pace for stage in stages])
+        return staged(self, group, wait_s=wait_s, pace=pace)
 
-    def fetch(self, row: int, seconds: float) -> Candidate:
-        own, best = self.prefix_tokens[row], self.best_tokens
-        prefill_s = self.prefill_s(best) / self.pace[row]
-        transfer_s = max(0.0, seconds - prefill_s)
-        name = self.prefillers[row].id
-        return Candidate(name, self.wait_s[row], transfer_s, prefill_s, best, best - own, self.source)
+
+class Expected:
+    """What an instance decodes at some time: its batch, the context tokens of that, and the KV tokens that are free then."""
+
+    __slots__ = ("batch", "context_tokens", "free_kv_tokens", "instance")
+
+    def __init__(self, instance: Instance, batch: int, context_tokens: int, free_kv_tokens: int):
+        self.instance = instance
+        self.batch = batch
+        self.context_tokens = context_tokens
+        self.free_kv_tokens = free_kv_tokens
 
 
 DecodeRuleOfFew = Callable[[FewView, Candidate | None, int], DecodeChoice]
@@ -141,38 +166,46 @@ def least_expected_tbt_of_few(view: FewView, prefill: Candidate | None, kv_token
     if prefill is None:
         return least_tbt_of_few(view, prefill, kv_tokens)
     in_s = prefill.ttft_s
-    batches = [expected_batch(view.fleet, known, in_s) for known in view.decoders]
-    is_shown = _row_of(view, prefill) is not None and view.transfer_s(view.num_prompt_tokens) > prefill.prefill_s
-    only = [] if is_shown else [row for row, known in enumerate(view.decoders) if not known.can_prefill]
-    if only and len(only) < len(batches):
-        rooms = [(tbt_s, row) for row in only if (tbt_s := _with_room_s(view, row, batches[row], kv_tokens)) is not None]
-        if rooms:
-            row = min(rooms)[1]
-            return _choice(view, view.decoders[row], batches[row], kv_tokens)
-    return _least_tbt(view, prefill, kv_tokens, batches)
+    decodes = [expected_batch(view.fleet, known, in_s) for known in view.decoders]
+    own = _own(view, prefill)
+    if own is None or view.transfer_s(view.num_prompt_tokens) <= prefill.prefill_s:
+        roomy = _only_decoding(view, kv_tokens, decodes)
+        if roomy is not None:
+            return _choice(view, roomy, kv_tokens)
+    return _least_tbt(view, prefill, kv_tokens, decodes)
 
 
-def _with_room_s(view: FewView, row: int, expected: Batch, kv_tokens: int) -> float | None:
-    return roomy_tbt_s(view.costs, view.decoders[row], expected, view.num_prompt_tokens, kv_tokens, view.tbt_s)
+def _only_decoding(view: FewView, kv_tokens: int, decodes: list[Expected]) -> Expected | None:
+    """The least step time with the request in it, among those that only decode and still have room for a burst.
+
+    None where there are none, or all only decode.
+    """
+    best: Expected | None = None
+    least_s, num_only = NEVER_S, 0
+    for expected in decodes:
+        if expected.instance.can_prefill:
+            continue
+        num_only += 1
+        tbt_s = roomy_tbt_s(view.costs, expected, view.num_prompt_tokens, kv_tokens, view.tbt_s)
+        if tbt_s < least_s:
+            best, least_s = expected, tbt_s
+    return best if num_only < len(decodes) else None
 
 
-def roomy_tbt_s(
-    costs: QuickCosts, known: Instance, expected: Batch, num_prompt_tokens: int, kv_tokens: int, most_s: float
-) -> float | None:
-    """The step time with the request in it where that leaves a burst room, else None; `most_s` is the TBT objective."""
-    batch, context_tokens, free = expected
-    tbt_s = costs.decode_step_s(batch + 1, context_tokens + num_prompt_tokens)
-    held = known.max_kv_tokens - free + kv_tokens
-    has_room = batch + 1 <= FULL * known.max_batch and held <= FULL * known.max_kv_tokens and tbt_s <= FULL * most_s
-    return tbt_s if has_room else None
+def roomy_tbt_s(costs: QuickCosts, expected: Expected, num_prompt_tokens: int, kv_tokens: int, most_s: float) -> float:
+    """The step time with the request in it where that leaves a burst room, else infinite; `most_s` is the TBT objective."""
+    known = expected.instance
+    tbt_s = costs.decode_step_s(expected.batch + 1, expected.context_tokens + num_prompt_tokens)
+    held = known.max_kv_tokens - expected.free_kv_tokens + kv_tokens
+    has_room = expected.batch + 1 <= FULL * known.max_batch and held <= FULL * known.max_kv_tokens
+    return tbt_s if has_room and tbt_s <= FULL * most_s else NEVER_S
 
 
 def stay_of_few(view: FewView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
-    own = _row_of(view, prefill)
+    own = _own(view, prefill)
     if own is None:
         return least_tbt_of_few(view, prefill, kv_tokens)
-    known = view.decoders[own]
-    return _choice(view, known, _now(view.fleet, known), kv_tokens)
+    return _choice(view, _now(view.fleet, own), kv_tokens)
 
 
 RULES_OF_FEW: dict[DecodeRule, DecodeRuleOfFew] = {
@@ -182,61 +215,64 @@ RULES_OF_FEW: dict[DecodeRule, DecodeRuleOfFew] = {
 }
 """Decode rule → the same, number by number."""
 
-Batch = tuple[int, int, int]
-"""An instance's decode batch, its context tokens, and the KV tokens that are free."""
+
+def _now(fleet: Fleet, known: Instance) -> Expected:
+    return Expected(known, len(known.seats), known.context_tokens, fleet.free_kv_tokens(known))
 
 
-def _now(fleet: Fleet, known: Instance) -> Batch:
-    return len(known.seats), known.context_tokens, fleet.free_kv_tokens(known)
-
-
-def expected_batch(fleet: Fleet, known: Instance, in_s: float) -> Batch:
+def expected_batch(fleet: Fleet, known: Instance, in_s: float) -> Expected:
     """As DecodeColumns.expected has it."""
     stays_s = fleet.stays_s(known)
     stayed = max(0.0, 1.0 - in_s / stays_s)
     came = min(1.0, stays_s / in_s) if in_s > 0.0 else 1.0
     taken = known.taken
     reserved = fleet.reserved_kv_tokens(known)
-    return (
+    return Expected(
+        known,
         int(taken.batch * stayed + (len(known.seats) - taken.batch) * came),
         int(taken.context_tokens * stayed + (known.context_tokens - taken.context_tokens) * came),
         known.max_kv_tokens - int(taken.kv_tokens * stayed + (reserved - taken.kv_tokens) * came),
     )
 
 
-def _least_tbt(view: FewView, prefill: Candidate | None, kv_tokens: int, batches: list[Batch]) -> DecodeChoice:
-    own = _row_of(view, prefill)
-    if own is not None and (choice := _choice(view, view.decoders[own], batches[own], kv_tokens)).fits:
-        return choice
-    step_s, prompt = view.costs.decode_step_s, view.num_prompt_tokens
-    best, least_s = 0, float("inf")
-    for row, (batch, context_tokens, free) in enumerate(batches):
-        tbt_s = step_s(batch + 1, context_tokens + prompt)
-        if batch >= view.decoders[row].max_batch or kv_tokens > free:
+def _least_tbt(view: FewView, prefill: Candidate | None, kv_tokens: int, decodes: list[Expected]) -> DecodeChoice:
+    own = _own(view, prefill)
+    best, least_s = decodes[0], NEVER_S
+    for expected in decodes:
+        known = expected.instance
+        is_full = expected.batch >= known.max_batch or kv_tokens > expected.free_kv_tokens
+        if known is own and not is_full:
+            return _choice(view, expected, kv_tokens)
+        tbt_s = _tbt_s(view, expected)
+        if is_full:
             tbt_s += 1e6
         if tbt_s < least_s:
-            best, least_s = row, tbt_s
-    return _choice(view, view.decoders[best], batches[best], kv_tokens)
+            best, least_s = expected, tbt_s
+    return _choice(view, best, kv_tokens)
 
 
-def _row_of(view: FewView, prefill: Candidate | None) -> int | None:
+def _own(view: FewView, prefill: Candidate | None) -> Instance | None:
+    """The instance that prefills, if it decodes too."""
     if prefill is None:
         return None
-    name = prefill.instance
-    for row, known in enumerate(view.decoders):
-        if known.id == name:
-            return row
-    return None
+    own = view.fleet[prefill.instance]
+    return own if own.can_decode else None
 
 
-def _choice(view: FewView, known: Instance, expected: Batch, kv_tokens: int) -> DecodeChoice:
-    return choice_of(view.costs, known, expected, view.num_prompt_tokens, kv_tokens)
+def _tbt_s(view: FewView, expected: Expected) -> float:
+    """With the request in the batch."""
+    return view.costs.decode_step_s(expected.batch + 1, expected.context_tokens + view.num_prompt_tokens)
 
 
-def choice_of(costs: QuickCosts, known: Instance, expected: Batch, num_prompt_tokens: int, kv_tokens: int) -> DecodeChoice:
-    """`known` is chosen, and its batch will be `expected`."""
-    batch, max_batch = expected[0] + 1, known.max_batch
-    context = expected[1] + num_prompt_tokens
-    fits = batch <= max_batch and kv_tokens <= expected[2]
+def _choice(view: FewView, expected: Expected, kv_tokens: int) -> DecodeChoice:
+    return choice_of(view.costs, expected, view.num_prompt_tokens, kv_tokens)
+
+
+def choice_of(costs: QuickCosts, expected: Expected, num_prompt_tokens: int, kv_tokens: int) -> DecodeChoice:
+    """Its instance is chosen."""
+    known = expected.instance
+    batch, max_batch = expected.batch + 1, known.max_batch
+    context = expected.context_tokens + num_prompt_tokens
+    fits = batch <= max_batch and kv_tokens <= expected.free_kv_tokens
     ahead = 0 if fits else max(1, batch - max_batch)
     return DecodeChoice(known.id, costs.decode_step_s(batch, context), batch, context, fits, ahead)

@@ -21,7 +21,10 @@ from kvasir.scheduling.view import DecodeColumns, Floats, Ints, PrefillColumns
 LEAST_PACE: Final = 0.02
 """An instance whose decode steps leave no slack still prefills a little: a prediction must stay finite."""
 
-ROUNDS = 6
+ANY_S: Final = math.inf
+"""Seconds to spare where nobody is put off."""
+
+ROUNDS: Final = 6
 """The longer steps take, the more answers are under way at a time, and so on: each round halves the error, or better."""
 
 
@@ -138,11 +141,11 @@ class Fleet:
 
     def free_kv_tokens(self, instance: Instance) -> int:
         """KV of its node that is not spoken for."""
-        return instance.max_kv_tokens - self._reserved.get(instance.info.node, 0)
+        return instance.max_kv_tokens - self._reserved.get(instance.node, 0)
 
     def reserved_kv_tokens(self, instance: Instance) -> int:
         """KV of its node that is spoken for."""
-        return self._reserved.get(instance.info.node, 0)
+        return self._reserved.get(instance.node, 0)
 
     def blocks_at_prefillers(self, match: PrefixMatch) -> list[int]:
         """For each of `prefillers`, the length of its node's run in blocks."""
@@ -164,14 +167,18 @@ class Fleet:
     def spare_s(self, instance: str, now: float, rank: float) -> float:
         """Seconds of work that `instance` can take in at `rank` without making what comes after it late."""
         if rank >= self._latest_rank:
-            return math.inf
+            return ANY_S
         return self._by_id[instance].book.spare_s(now, rank)
 
     def outlook(self, instance: str, at_s: float) -> Outlook:
         """Who decodes on `instance` now, and who is expected to at `at_s`: some will have left, others joined."""
         known = self._by_id[instance]
-        then = [seat.context_tokens for seat in known.seats.values() if seat.joins_s <= at_s < seat.leaves_s]
-        return Outlook(known.taken.batch, known.taken.context_tokens, len(then), sum(then))
+        batch_then = context_then = 0
+        for seat in known.seats.values():
+            if seat.joins_s <= at_s < seat.leaves_s:
+                batch_then += 1
+                context_then += seat.context_tokens
+        return Outlook(known.taken.batch, known.taken.context_tokens, batch_then, context_then)
 
     def step_s(self, instance: Instance) -> float:
         """What a decode step of `instance` takes in the long run, with the prefill beside it if there is any.
@@ -256,7 +263,7 @@ class Fleet:
         known.seats[request_id] = seat
         known.context_tokens += seat.context_tokens
         known.kv_tokens += seat.kv_tokens
-        self._reserved[known.info.node] = self._reserved.get(known.info.node, 0) + seat.kv_tokens
+        self._reserved[known.node] = self._reserved.get(known.node, 0) + seat.kv_tokens
         self._seated(known, now)
 
     def take_seat(self, instance: str, request_id: str, now: float) -> None:
@@ -269,14 +276,15 @@ class Fleet:
 
     def leave(self, instance: str | None, request_id: str, now: float) -> None:
         known = self.get(instance)
-        seat = known.seats.pop(request_id, None) if known is not None else None
+        seat = known.seats.get(request_id) if known is not None else None
         if known is None or seat is None:
             return
+        del known.seats[request_id]
         known.context_tokens -= seat.context_tokens
         known.kv_tokens -= seat.kv_tokens
         if seat.is_taken:
             known.taken.add(seat, -1)
-        self._reserved[known.info.node] -= seat.kv_tokens
+        self._reserved[known.node] -= seat.kv_tokens
         self._seated(known, now)
 
     def check(self) -> None:
@@ -331,7 +339,7 @@ class Fleet:
 
     def _seated(self, known: Instance, now: float) -> None:
         if self._tables is not None:
-            self._tables.seated(self._on_node[known.info.node])
+            self._tables.seated(self._on_node[known.node])
         if self._mixed_step_s is not None and known.can_prefill:
             known.book.at_pace(self._pace(known, self._mixed_step_s), now)
             self._booked(known)

@@ -57,6 +57,7 @@ class Instance:
     kv_tokens: int = 0
     taken: Taken = field(default_factory=Taken)
     id: str = ""
+    node: str = ""
     max_batch: int = 0
     max_kv_tokens: int = 0
     can_prefill: bool = False
@@ -68,5 +69,5 @@ class Instance:
     def introduce(self, info: InstanceInfo) -> None:
         """It is this now. What is asked for in each decision is at hand without a look into `info`."""
         self.info = info
-        self.id, self.max_batch, self.max_kv_tokens = info.id, info.max_batch, info.kv_tokens
+        self.id, self.node, self.max_batch, self.max_kv_tokens = info.id, info.node, info.max_batch, info.kv_tokens
         self.can_prefill, self.can_decode = info.role.can_prefill, info.role.can_decode

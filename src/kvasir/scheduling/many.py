@@ -58,8 +58,8 @@ class _Search:
         self.asks_left = MOST_ASKED
 
     def choice(self, known: Instance) -> DecodeChoice:
-        view, expected = self._view, expected_batch(self._fleet, known, self._in_s)
-        return choice_of(view.costs, known, expected, view.num_prompt_tokens, self._kv_tokens)
+        expected = expected_batch(self._fleet, known, self._in_s)
+        return choice_of(self._view.costs, expected, self._view.num_prompt_tokens, self._kv_tokens)
 
     def least(self) -> int | None:
         """The row of the least step time; None if it gave up."""
@@ -100,12 +100,12 @@ class _Search:
     def _tbt_s(self, row: int) -> float:
         """As `least_tbt` has it: later than all others where there is no room."""
         known = self._fleet.decoders[row]
-        batch, context_tokens, free = expected_batch(self._fleet, known, self._in_s)
-        tbt_s = self._view.costs.decode_step_s(batch + 1, context_tokens + self._view.num_prompt_tokens)
-        return tbt_s + 1e6 if batch >= known.max_batch or self._kv_tokens > free else tbt_s
+        expected = expected_batch(self._fleet, known, self._in_s)
+        context_tokens = expected.context_tokens + self._view.num_prompt_tokens
+        tbt_s = self._view.costs.decode_step_s(expected.batch + 1, context_tokens)
+        is_full = expected.batch >= known.max_batch or self._kv_tokens > expected.free_kv_tokens
+        return tbt_s + 1e6 if is_full else tbt_s
 
     def _roomy_tbt_s(self, row: int) -> float:
-        view, known = self._view, self._fleet.decoders[row]
-        expected = expected_batch(self._fleet, known, self._in_s)
-        tbt_s = roomy_tbt_s(view.costs, known, expected, view.num_prompt_tokens, self._kv_tokens, view.tbt_s)
-        return math.inf if tbt_s is None else tbt_s
+        view, expected = self._view, expected_batch(self._fleet, self._fleet.decoders[row], self._in_s)
+        return roomy_tbt_s(view.costs, expected, view.num_prompt_tokens, self._kv_tokens, view.tbt_s)

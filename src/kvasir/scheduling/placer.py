@@ -25,7 +25,8 @@ from kvasir.scheduling.few import FEW, RULES_OF_FEW, FewView, least_tbt_of_few
 from kvasir.scheduling.fleet import Fleet
 from kvasir.scheduling.many import RULES_OF_MANY
 from kvasir.scheduling.plan import Plan, Refusal
-from kvasir.scheduling.policies.interface import Choice, Placement, PlacementOfFew
+from kvasir.scheduling.policies.choice import Choice
+from kvasir.scheduling.policies.interface import Placement, PlacementOfFew
 from kvasir.scheduling.ranks import Rank, first_come
 from kvasir.scheduling.view import ClusterView
 
@@ -117,6 +118,7 @@ class Placer:
         "_config",
         "_costs",
         "_directory",
+        "_expected_tokens",
         "_fleet",
         "_num_outputs",
         "_of_few",
@@ -153,6 +155,7 @@ class Placer:
         self._fleet = fleet
         self._directory = directory
         self._output_tokens = float(config.expected_output_tokens)
+        self._expected_tokens = max(1, config.expected_output_tokens)
         self._num_outputs = PRIOR_WEIGHT
         self._ttft_s = 0.0
         fleet.answer_tokens = self._output_tokens
@@ -204,8 +207,8 @@ class Placer:
     ) -> Proposal:
         chosen = choice.chosen
         decode = rule(view, chosen, self.kv_tokens(request))
-        self._foresee(chosen.ttft_s)
-        work_s = view.prefill_s(chosen.prefix_tokens) / len(chosen.members)
+        self._foresee(choice.ttft_s)
+        work_s = view.prefill_s(chosen.prefix_tokens) / len(choice.members)
         decision = self._decision(request, choice, decode, now)
         return Proposal(choice, decode, decision, rank=rank, due_s=due_s, work_s=work_s)
 
@@ -236,10 +239,11 @@ class Placer:
         """An answer had so many tokens."""
         self._num_outputs = min(self._num_outputs + 1, MEMORY)
         self._output_tokens += (output_tokens - self._output_tokens) / self._num_outputs
+        self._expected_tokens = max(1, round(self._output_tokens))
         self._fleet.answer_tokens = self._output_tokens
 
     def expected_output(self, request: Request) -> int:
-        return min(request.max_tokens, max(1, round(self._output_tokens)))
+        return min(request.max_tokens, self._expected_tokens)
 
     def kv_tokens(self, request: Request) -> int:
         """What the request is expected to hold at its end."""
@@ -258,15 +262,15 @@ class Placer:
         return self._rules.rank(now, due_s, self._costs.prefill_s(request.num_prompt_tokens, 0))
 
     def _plan(self, request: Request, proposal: Proposal, now: float) -> Plan:
-        candidate, decode = proposal.choice.chosen, proposal.decode
+        choice, decode = proposal.choice, proposal.decode
         return Plan(
             request=request,
-            candidate=candidate,
+            candidate=choice.chosen,
             decode=decode,
-            waited_s=max(0.0, now - request.arrival_s),
+            ttft_s=max(0.0, now - request.arrival_s) + choice.ttft_s,
             expected_output_tokens=self.expected_output(request),
-            spare_s=min(self._fleet.spare_s(name, now, proposal.rank) for name in candidate.members),
-            outlook=self._fleet.outlook(decode.instance, now + candidate.ttft_s),
+            spare_s=min([self._fleet.spare_s(name, now, proposal.rank) for name in choice.members]),
+            outlook=self._fleet.outlook(decode.instance, now + choice.ttft_s),
         )
 
     def _match(self, request: Request) -> PrefixMatch:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from kvasir.core.commands import SetRole
 from kvasir.core.request import Role
@@ -15,19 +14,19 @@ from kvasir.scheduling.decode_choice import FULL
 from kvasir.scheduling.fleet import LEAST_PACE, Fleet
 from kvasir.scheduling.instance import Instance
 
-CALM = 0.85
+CALM: Final = 0.85
 """Share of its network that an instance's incoming KV may use on average. Most hand-offs are hidden by a prefill that takes ten
 times as long."""
 
-HOLD_S = 10.0
+HOLD_S: Final = 10.0
 """For so long other roles must be better before they are taken, unless too few decode: about half of an answer."""
 
-STEEP = 1.0 / (2.0 * (1.0 - FULL))
+STEEP: Final = 1.0 / (2.0 * (1.0 - FULL))
 """Where a little less than the demand of decoding is met, so many times that share of the answers is late: what is left beyond
 FULL makes up for an error in the demand of up to 1 - FULL either way, and where it does not, the whole batch is late. Prefill
 that is short makes only those late, or refused, that it is short for."""
 
-NOTHING = 1e-9
+NOTHING: Final = 1e-9
 """Demand is never nothing, so that it divides."""
 
 
@@ -37,7 +36,6 @@ class Roles(Protocol):
     def review(self, fleet: Fleet, now: float) -> list[SetRole]: ...
 
 
-@dataclass(frozen=True, slots=True)
 class Demand:
     """What decoding would take of one instance, if that did it all, in shares of what it has.
 
@@ -45,9 +43,12 @@ class Demand:
     stays longer. `steps`: of its time, beyond the fixed part of each step. `network`: of what incoming KV may use.
     """
 
-    held: float = NOTHING
-    steps: float = NOTHING
-    network: float = NOTHING
+    __slots__ = ("held", "network", "steps")
+
+    def __init__(self, held: float, steps: float, network: float):
+        self.held = held
+        self.steps = steps
+        self.network = network
 
 
 class Elastic:
@@ -76,7 +77,7 @@ class Elastic:
         """At once if those that decode are too few, or nobody decodes; else what was better for HOLD_S."""
         self._observe(fleet, now)
         demand, decoders = self._demand(fleet), fleet.decoders
-        only = sum(instance.info.role is Role.DECODE for instance in decoders)
+        only = sum([not instance.can_prefill for instance in decoders])
         mixed = len(decoders) - only
         wanted = self._wanted(demand, len(fleet.instances), only, mixed)
         if wanted == (only, mixed):
@@ -168,11 +169,11 @@ class Elastic:
         for instance in fleet.instances:
             if not instance.seats:
                 continue
-            info, stays_s = instance.info, fleet.stays_s(instance)
+            stays_s = fleet.stays_s(instance)
             expected = fleet.expected(instance, stays_s)
             decode_s = self._costs.decode_step_s(max(1, expected.batch), expected.context_tokens)
             step_s = max(decode_s, self._step_s) if len(instance.book) else decode_s
-            held += max(expected.kv_tokens / max(1, info.kv_tokens), expected.batch / info.max_batch) / step_s
+            held += max(expected.kv_tokens / max(1, instance.max_kv_tokens), expected.batch / instance.max_batch) / step_s
             steps += (decode_s - self._fixed_s) / step_s
             network += self._transfer_s(expected.context_tokens) / stays_s / CALM  # came within a stay
         return Demand(held, steps, network)

@@ -3,47 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from heapq import heappop, heappush
 from typing import Any
 
 Call = Callable[[Any], None]
 
 
-class _Planned:
-    """`call(argument)` at `time_s`; of what happens at one time, the least `number` goes first."""
+class Planned:
+    """What will happen at `time_s`, which the agenda sets. A subclass says what; what happens most has one of its own."""
 
-    __slots__ = ("argument", "call", "number", "time_s")
+    __slots__ = ("time_s",)
 
-    def __init__(self, time_s: float, number: int, call: Call, argument: Any):
-        self.time_s = time_s
-        self.number = number
+    def __init__(self) -> None:
+        self.time_s = 0.0
+
+    def happen(self) -> None:
+        raise NotImplementedError
+
+
+class _Called(Planned):
+    __slots__ = ("argument", "call")
+
+    def __init__(self, call: Call, argument: Any):
+        super().__init__()
         self.call = call
         self.argument = argument
 
-    def __lt__(self, other: _Planned) -> bool:
-        return self.time_s < other.time_s or (self.time_s == other.time_s and self.number < other.number)
+    def happen(self) -> None:
+        self.call(self.argument)
 
 
 class Agenda:
-    """A heap of calls. `now` is the time of the call that runs; nothing can be planned for the past."""
+    """Calls in order. `now` is the time of the call that runs; nothing can be planned for the past."""
 
-    __slots__ = ("_heap", "_is_stopped", "_number", "now")
+    __slots__ = ("_is_stopped", "_planned", "now")
 
     def __init__(self) -> None:
-        self._heap: list[_Planned] = []
-        self._number = 0
+        self._planned: list[Planned] = []  # what happens next is at the end: few enough to be kept in order
         self._is_stopped = False
         self.now = 0.0
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return len(self._planned)
 
     def at(self, time_s: float, call: Call, argument: Any = None) -> None:
         """Call `call(argument)` at `time_s`. What is planned cannot be taken back: the callee must know that it is void."""
-        self._number += 1
+        self.plan(time_s, _Called(call, argument))
+
+    def plan(self, time_s: float, what: Planned) -> None:
+        """As `at`."""
         if time_s < self.now:
             time_s = self.now
-        heappush(self._heap, _Planned(time_s, self._number, call, argument))
+        what.time_s = time_s
+        planned = self._planned
+        low, high = 0, len(planned)
+        while low < high:
+            middle = (low + high) >> 1
+            if planned[middle].time_s > time_s:
+                low = middle + 1
+            else:
+                high = middle
+        planned.insert(low, what)
 
     def soon(self, call: Call, argument: Any = None) -> None:
         """At the present time, after all that is planned for it already."""
@@ -51,9 +70,9 @@ class Agenda:
 
     def step(self) -> None:
         """Let the next thing happen."""
-        planned = heappop(self._heap)
+        planned = self._planned.pop()
         self.now = planned.time_s
-        planned.call(planned.argument)
+        planned.happen()
 
     def run(self) -> None:
         """Let things happen, one after the other, until somebody says `stop` (or nothing is planned: IndexError)."""

@@ -36,12 +36,14 @@ class Decoding:
 
     def remove(self, seq: Seq) -> None:
         """It leaves, with all tokens so far; who is not here is ignored."""
-        self._singles.pop(seq, None)
+        if seq in self._singles:
+            del self._singles[seq]
         if not seq.is_decoding:
             return
         seq.is_decoding = False
         del self._members[seq]
-        self._joining.pop(seq, None)
+        if seq in self._joining:
+            del self._joining[seq]
         self._close(seq)
 
     def begin(self, batch: int, now: float) -> list[Seq]:
@@ -72,7 +74,10 @@ class Decoding:
 
     def end(self, passes: int, seconds: float, now: float) -> None:
         """`passes` of the step were made, in `seconds` together."""
-        self._log.add(passes, seconds / passes, idle_s=self._idle_s, now=now)
+        log = self._log
+        log.add(passes, seconds / passes, idle_s=self._idle_s, now=now)
+        if log.is_long:
+            log.drop_before(min([seq.log_at for seq in self._members if seq.is_joined], default=len(log)))
 
     def close(self) -> None:
         """Everybody leaves."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from msgspec.structs import replace
 
@@ -27,12 +27,12 @@ from kvasir.report.timeline import Status
 from kvasir.scheduling.conductor import Conductor
 from kvasir.simulator.agenda import Agenda
 from kvasir.simulator.gaps import tbt_s
+from kvasir.simulator.hot import HotBlocks
 from kvasir.simulator.instance import SimInstance
 from kvasir.simulator.jobs import Attempt, Job, Seq
 from kvasir.simulator.network import Flow, Network, Pipes
 from kvasir.simulator.node import MESSENGER, SimNode
-from kvasir.simulator.records import RecordBook
-from kvasir.simulator.samples import HotBlocks
+from kvasir.simulator.record_book import RecordBook
 
 
 class SimHub:
@@ -121,7 +121,8 @@ class SimHub:
             job.attempt.forget()
         self._num_runs += 1
         attempt = job.attempt = Attempt(job, f"{job.id}#{self._num_runs}", command.decode)
-        group = command.candidate.members
+        candidate: Candidate = command.candidate
+        group: tuple[str, ...] = candidate.group or (command.instance,)
         share = 1.0 / len(group)
         for place, instance in enumerate(group):
             name = attempt.name if place == len(group) - 1 else f"{attempt.name}/{place}"
@@ -133,7 +134,7 @@ class SimHub:
         last = attempt.stages[-1]
         last.hands_off = command.decode != command.instance
         own = last.instance.memory.open(last)
-        if not (self._fetch(last, own, command.candidate) or self._load(last, own, command.candidate)):
+        if not (self._fetch(last, own, candidate) or self._load(last, own, candidate)):
             self._ready(attempt, own)
 
     def _ready(self, attempt: Attempt, blocks: int) -> None:
@@ -331,7 +332,7 @@ class SimHub:
         job = seq.job
         seq.attempt.is_prefilled = True
         self.num_prefilled += 1
-        self.tell(PrefillDone(job.id, seq.instance.info.id, job.cached_tokens or 0))
+        self.tell(PrefillDone(job.id, seq.instance.id, job.cached_tokens or 0))
 
     # --- decode ------------------------------------------------------------------------------------------------
 
@@ -387,7 +388,7 @@ class SimHub:
         if not seq.attempt.is_prefilled:
             self.num_prefilled += 1
         self._end(job, Status.OK, None)
-        self.tell(Finished(job.id, seq.instance.info.id, FinishReason.LENGTH, job.emitted))
+        self.tell(Finished(job.id, seq.instance.id, _LENGTH, job.emitted))
 
     def failed(self, seq: Seq, error: str) -> None:
         self._agenda.soon(self._report_failure, (seq, error))
@@ -396,7 +397,7 @@ class SimHub:
         seq, error = failure
         if seq.job.attempt is seq.attempt and seq.job.id in self.jobs:
             self.counters["failures"] += 1
-            self.tell(Failed(seq.job.id, seq.instance.info.id, error))
+            self.tell(Failed(seq.job.id, seq.instance.id, error))
 
     def _cancel(self, command: cmd.Cancel) -> None:
         job = self.jobs.get(command.request_id)
@@ -478,10 +479,10 @@ class SimHub:
                 continue
             instance.was_idle = is_idle
             if report_delay_s:
-                report = Heartbeat(name, instance.info.epoch, instance.load())
+                report = Heartbeat(name, instance.epoch, instance.load())
                 self._agenda.at(self._agenda.now + report_delay_s, self.tell, report)
-            elif self._conductor.wants_report(name, instance.info.epoch):
-                self.tell(Heartbeat(name, instance.info.epoch, instance.load()))
+            elif self._conductor.wants_report(name, instance.epoch):
+                self.tell(Heartbeat(name, instance.epoch, instance.load()))
             instance.tick()
 
     @property
@@ -497,7 +498,9 @@ class SimHub:
             self._decisions.append(decision)
 
 
-_HANDLERS: dict[type[Command], Callable[[SimHub, Any], None]] = {
+_LENGTH: Final = FinishReason.LENGTH
+
+_HANDLERS: Final[dict[type[Command], Callable[[SimHub, Any], None]]] = {
     cmd.Prefill: SimHub._start_prefill,
     cmd.Decode: SimHub._decode,
     cmd.Cancel: SimHub._cancel,

@@ -8,7 +8,6 @@ gaps are logged as equal. The instance is idle between steps; no token is comput
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
@@ -27,10 +26,10 @@ from kvasir.core.events import (
 from kvasir.core.request import Role
 from kvasir.costs.quick import QuickCosts
 from kvasir.scheduling.batcher import Batcher
-from kvasir.simulator.agenda import Agenda
+from kvasir.simulator.agenda import Agenda, Planned
 from kvasir.simulator.cores import Cores
 from kvasir.simulator.decoding import Decoding
-from kvasir.simulator.gaps import single
+from kvasir.simulator.gaps import Gaps
 from kvasir.simulator.jobs import Seq
 from kvasir.simulator.memory import Memory
 from kvasir.simulator.node import SimNode
@@ -78,6 +77,8 @@ class SimInstance:
     ):
         """`cores`: what it computes on together with the other instances of its node; None where it has its own device."""
         self.info = info
+        self.id: str = info.id
+        self.epoch: int = info.epoch
         self.node = node
         self.batcher = batcher
         self.memory = memory
@@ -98,8 +99,8 @@ class SimInstance:
         self._resumes_s = 0.0
         self._parked: dict[str, Seq] = {}  # preempted: they hold nothing until somebody leaves
         self._absent: dict[Seq, None] = {}  # here, but not with the Batcher
-        self._waiting: deque[Seq] = deque()  # their KV is on the node, and no pages for it are free
-        self._inbox: deque[Event] = deque()
+        self._waiting: list[Seq] = []  # their KV is on the node, and no pages for it are free
+        self._inbox: list[Event] = []
         self._is_applying = False
         self._num_left = 0
         self._told: list[Seq] = []
@@ -107,6 +108,7 @@ class SimInstance:
         self._handed: list[Seq] = []
         self._decoding = Decoding(lambda: {chunk.request_id for chunk in batcher.decode_chunks()})
         self._singles: list[Seq] = []
+        self._prompts: list[Seq] = []  # in the step, too
         self._step: Step | None = None
         self._number = 0  # of the step; what is planned for an earlier one is void
         self._passes = 1
@@ -164,15 +166,13 @@ class SimInstance:
 
     def load(self) -> InstanceLoad:
         """The queues now, with what waits for its KV or for pages, and what the pool could give."""
-        load = self.batcher.load()
-        absent = [seq for seq in self._absent if not seq.is_adopted and not seq.is_cancelled]
-        return InstanceLoad(
-            waiting=load.waiting + len(absent),
-            running=load.running,
-            waiting_tokens=load.waiting_tokens + sum([seq.num_tokens - seq.prefix_tokens for seq in absent]),
-            context_tokens=load.context_tokens,
-            free_kv_tokens=load.free_kv_tokens + self.memory.free_tokens,
-        )
+        waiting = waiting_tokens = 0
+        for seq in self._absent:
+            if not seq.is_adopted and not seq.is_cancelled:
+                waiting += 1
+                waiting_tokens += seq.num_tokens - seq.prefix_tokens
+        free_tokens = self.memory.free_tokens
+        return self.batcher.load(waiting=waiting, waiting_tokens=waiting_tokens, free_kv_tokens=free_tokens)
 
     @property
     def is_idle(self) -> bool:
@@ -194,7 +194,7 @@ class SimInstance:
             self.busy_s += max(0.0, self._agenda.now - self._start_s)
             self._step = None
         if self._cores is not None:
-            self._cores.stop(self.info.id)
+            self._cores.stop(self.id)
         self._decoding.close()
         self.decode_batch = 0
         self.sequences.clear()
@@ -235,9 +235,9 @@ class SimInstance:
         while self._waiting:
             pages = self._take_pages(self._waiting[0])
             if pages is not None:
-                self._submit(self._waiting.popleft(), pages)
+                self._submit(self._waiting.pop(0), pages)
             elif len(self.sequences) == len(self._absent) and self._step is None:
-                self._give_up(self._waiting.popleft(), "its KV does not fit into this instance")
+                self._give_up(self._waiting.pop(0), "its KV does not fit into this instance")
             else:
                 return
 
@@ -249,8 +249,10 @@ class SimInstance:
     def _forget(self, seq: Seq) -> None:
         """It has left; who was preempted longest ago may come back."""
         del self.sequences[seq.name]
-        self._absent.pop(seq, None)
-        self._parked.pop(seq.name, None)
+        if seq in self._absent:
+            del self._absent[seq]
+        if seq.name in self._parked:
+            del self._parked[seq.name]
         self._decoding.remove(seq)
         self._num_left += 1
 
@@ -287,14 +289,14 @@ class SimInstance:
             self._inbox.append(event)
             return
         self._is_applying = True
-        handle, now = self.batcher.handle, self._agenda.now
+        batcher, now = self.batcher, self._agenda.now
         following: Event | None = event
         while following is not None:
             if self._repeats > 1 and self._step is not None:
                 self._cut()
-            for command in handle(following, now):
+            for command in batcher.handle(following, now):
                 _HANDLERS[type(command)](self, command)
-            following = self._inbox.popleft() if self._inbox else None
+            following = self._inbox.pop(0) if self._inbox else None
         self._is_applying = False
         if self._told or self._handed or self._ended:
             self._tell()
@@ -356,7 +358,11 @@ class SimInstance:
         seconds = 0.0
         for chunk in step.chunks:
             seq = self.sequences[chunk.request_id]
-            seconds += costs.prefill_s(chunk.length, chunk.start) * seq.share
+            start: int = chunk.start
+            length: int = chunk.length
+            seconds += costs.prefill_s(length, start) * seq.share
+            seq.computed, seq.samples = start + length, chunk.samples
+            self._prompts.append(seq)
             if not seq.is_started:
                 self._started(seq)
         self.prefill_s += seconds
@@ -379,7 +385,7 @@ class SimInstance:
         if self._cores is None:
             passes = self._passes
             lasts_s = seconds if passes == 1 else self._lasts_s(passes)
-            self._agenda.at(now + lasts_s, self._end, self._number)
+            self._agenda.plan(now + lasts_s, _StepEnd(self, self._number))
         else:
             self._agenda.at(now, self._compute, self._number)
 
@@ -387,7 +393,7 @@ class SimInstance:
         """The step begins on cores that others use, too."""
         if number == self._number:
             assert self._cores is not None, "a device of its own needs no turn"
-            self._cores.run(self.info.id, self._first_s, is_low=self._is_low, then=self._end, argument=number)
+            self._cores.run(self.id, self._first_s, is_low=self._is_low, then=self.end, argument=number)
 
     def _started(self, seq: Seq) -> None:
         seq.is_started = True
@@ -413,9 +419,10 @@ class SimInstance:
         if passes < self._passes:
             self._passes = passes
             self._number += 1
-            self._agenda.at(self._start_s + self._lasts_s(passes), self._end, self._number)
+            self._agenda.plan(self._start_s + self._lasts_s(passes), _StepEnd(self, self._number))
 
-    def _end(self, number: int) -> None:
+    def end(self, number: int) -> None:
+        """Step `number` has taken its time, unless it was cut short."""
         if number != self._number:
             return
         step = self._step
@@ -428,23 +435,24 @@ class SimInstance:
         if self._pauses:
             seconds = now - self._start_s if passes == 1 else self._first_s + (passes - 1) * self._growth_s
             self._resumes_s = now + max(0.0, min(seconds, self._max_gap_s - seconds))
-        self._computed(step, now)
+        self._computed(now)
         self._apply(StepDone((), passes))
 
-    def _computed(self, step: Step, now: float) -> None:
+    def _computed(self, now: float) -> None:
         """Note the tokens that chunks gave; those of sequences that stay here are to be told to the hub."""
         if self._singles:
             singles, self._singles = self._singles, []
             for seq in singles:
                 self._sampled(seq, now)
-        for chunk in step.chunks:
-            seq = self.sequences[chunk.request_id]
-            if seq.stage is not None:
-                self._listener.stage_computed(seq, chunk.start + chunk.length)
-            elif chunk.samples:
-                self._sampled(seq, now)
-            elif chunk.start + chunk.length == seq.num_tokens - 1:
-                self._decoding.add_single(seq)
+        if self._prompts:
+            prompts, self._prompts = self._prompts, []
+            for seq in prompts:
+                if seq.stage is not None:
+                    self._listener.stage_computed(seq, seq.computed)
+                elif seq.samples:
+                    self._sampled(seq, now)
+                elif seq.computed == seq.num_tokens - 1:
+                    self._decoding.add_single(seq)
 
     def _sampled(self, seq: Seq, now: float) -> None:
         """The prompt, or all tokens so far, is computed, and the next one drawn."""
@@ -452,7 +460,7 @@ class SimInstance:
         if seq.is_cancelled:
             return
         if job.emitted:
-            job.gaps += single(now - job.last_token_s)
+            job.gaps.append(Gaps(now - job.last_token_s, 1))
         else:
             job.first_token_s = now
         job.emitted += 1
@@ -462,7 +470,19 @@ class SimInstance:
             self._told.append(seq)
 
 
-_HANDLERS: dict[type[Command], Callable[[SimInstance, Any], None]] = {
+class _StepEnd(Planned):
+    __slots__ = ("instance", "number")
+
+    def __init__(self, instance: SimInstance, number: int):
+        super().__init__()
+        self.instance = instance
+        self.number = number
+
+    def happen(self) -> None:
+        self.instance.end(self.number)
+
+
+_HANDLERS: Final[dict[type[Command], Callable[[SimInstance, Any], None]]] = {
     Step: SimInstance._begin,
     Publish: SimInstance._published,
     NeedPages: SimInstance._need_pages,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvasir.core.keys import BlockKey
-from kvasir.simulator.gaps import Runs
+from kvasir.simulator.gaps import Gaps
 from kvasir.simulator.network import Flow
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Job:
         self.cached_tokens: int | None = None
         self.first_token_s = 0.0
         self.last_token_s = 0.0
-        self.gaps: Runs = []
+        self.gaps: list[Gaps] = []
         self.attempt: Attempt | None = None
 
     @property
@@ -96,7 +96,8 @@ class Attempt:
 class Seq:
     """A job's sequence on one instance.
 
-    `num_tokens` were known and `prefix_tokens` computed when it was submitted. `pages` are those of its lease, in order.
+    `num_tokens` were known and `prefix_tokens` computed when it was submitted; the step that its prompt is in computes up to
+    `computed` and, if it `samples`, draws a token. `pages` are those of its lease, in order.
     Puts of prompt blocks wait in `deferred` while a fetch of earlier blocks is under way (None: no fetch is). Its decode
     passes are in its instance's log from entry `log_at` on.
     """
@@ -104,6 +105,7 @@ class Seq:
     __slots__ = (
         "attempt",
         "available",
+        "computed",
         "deferred",
         "extra_s",
         "hands_off",
@@ -125,6 +127,7 @@ class Seq:
         "prefix_tokens",
         "puts_end",
         "rank",
+        "samples",
         "share",
         "stage",
     )
@@ -140,6 +143,8 @@ class Seq:
         self.available: int | None = None
         self.num_tokens = attempt.job.known_tokens
         self.prefix_tokens = 0
+        self.computed = 0
+        self.samples = False
         self.pages: list[int] = []
         self.deferred: list[BlockKey] | None = None
         self.puts_end = False

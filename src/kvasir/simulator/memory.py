@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 from kvasir.core.errors import InvariantError
 from kvasir.core.keys import BlockKey
@@ -29,65 +29,70 @@ from kvasir.simulator.node import SimNode
 from kvasir.simulator.prompts import output_key
 
 
-class Memory(Protocol):
+class Memory(ABC):
     """What an instance does with pages and blocks; the order of calls is that of cluster/instance.py."""
-
-    def open(self, seq: Seq) -> int:
-        """Lease the longest prefix of the sequence's known tokens that its node's pool holds; its blocks."""
-        ...
-
-    def fetched(self, seq: Seq, keys: tuple[BlockKey, ...]) -> int:
-        """Blocks that follow the prefix have come from another node: publish them here; how many are usable."""
-        ...
-
-    def start_load(self, seq: Seq, keys: tuple[BlockKey, ...]) -> int:
-        """Have the pool read blocks that follow the prefix from the node's SSD; how many it will."""
-        ...
-
-    def end_load(self, seq: Seq, keys: tuple[BlockKey, ...], *, is_wanted: bool) -> int:
-        """The reads of these are over: publish them, unless nobody wants them any more; how many are usable."""
-        ...
-
-    def place(self, seq: Seq, num_tokens: int) -> tuple[int, ...] | None:
-        """Pages that hold the first `num_tokens`, whose KV is on the node; None when there is no room now."""
-        ...
-
-    def adopt(self, seq: Seq, num_tokens: int, *, is_local: bool) -> tuple[int, ...] | None:
-        """As `place`, for a hand-off that is on offer on this node (`is_local`) or has come from another."""
-        ...
-
-    def reserve(self, count: int) -> tuple[int, ...]: ...
-
-    def revoke(self, pages: tuple[int, ...]) -> None: ...
-
-    def publish(self, seq: Seq, first: int, pages: tuple[int, ...]) -> None:
-        """The sequence's blocks from `first` on are complete in these pages."""
-        ...
-
-    def offer(self, seq: Seq, pages: tuple[int, ...], deadline_s: float) -> None: ...
-
-    def release(self, seq: Seq, pages: tuple[int, ...]) -> None: ...
-
-    def lose(self) -> None:
-        """The instance has died."""
-        ...
-
-    @property
-    def free_tokens(self) -> int: ...
-
-    def check(self, stashed_pages: int) -> None:
-        """Raises InvariantError unless an idle instance with so many pages in its hand holds nothing else."""
-        ...
-
-
-class _PoolUser:
-    """An owner's calls to its node's pool, shared by both kinds of memory."""
 
     def __init__(self, node: SimNode, owner: str, epoch: int, block_tokens: int):
         self._node = node
         self._owner = owner
         self._epoch = epoch
         self._block_tokens = block_tokens
+
+    @abstractmethod
+    def open(self, seq: Seq) -> int:
+        """Lease the longest prefix of the sequence's known tokens that its node's pool holds; its blocks."""
+
+    @abstractmethod
+    def fetched(self, seq: Seq, keys: tuple[BlockKey, ...]) -> int:
+        """Blocks that follow the prefix have come from another node: publish them here; how many are usable."""
+
+    def start_load(self, seq: Seq, keys: tuple[BlockKey, ...]) -> int:
+        """Have the pool read blocks that follow the prefix from the node's SSD; how many it will."""
+        answer = self._node.handle(LoadStart(self._owner, self._epoch, seq.name, keys))
+        assert isinstance(answer, Loading), answer
+        return len(answer.slots)
+
+    @abstractmethod
+    def end_load(self, seq: Seq, keys: tuple[BlockKey, ...], *, is_wanted: bool) -> int:
+        """The reads of these are over: publish them, unless nobody wants them any more; how many are usable."""
+
+    @abstractmethod
+    def place(self, seq: Seq, num_tokens: int) -> tuple[int, ...] | None:
+        """Pages that hold the first `num_tokens`, whose KV is on the node; None when there is no room now."""
+
+    @abstractmethod
+    def adopt(self, seq: Seq, num_tokens: int, *, is_local: bool) -> tuple[int, ...] | None:
+        """As `place`, for a hand-off that is on offer on this node (`is_local`) or has come from another."""
+
+    @abstractmethod
+    def reserve(self, count: int) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def revoke(self, pages: tuple[int, ...]) -> None: ...
+
+    @abstractmethod
+    def publish(self, seq: Seq, first: int, pages: tuple[int, ...]) -> None:
+        """The sequence's blocks from `first` on are complete in these pages."""
+
+    @abstractmethod
+    def offer(self, seq: Seq, pages: tuple[int, ...], deadline_s: float) -> None: ...
+
+    @abstractmethod
+    def release(self, seq: Seq, pages: tuple[int, ...]) -> None: ...
+
+    def lose(self) -> None:
+        """The instance has died."""
+        self._node.handle(OwnerLost(self._owner, self._epoch))
+
+    @property
+    @abstractmethod
+    def free_tokens(self) -> int: ...
+
+    @abstractmethod
+    def check(self, stashed_pages: int) -> None:
+        """Raises InvariantError unless an idle instance with so many pages in its hand holds nothing else."""
+
+    # --- calls to the node's pool, for both kinds of memory ----------------------------------------------------
 
     def _lease(self, seq: Seq, keys: tuple[BlockKey, ...]) -> tuple[int, ...]:
         answer = self._node.handle(LeaseBlocks(self._owner, self._epoch, seq.name, keys))
@@ -98,11 +103,6 @@ class _PoolUser:
     def _usable(self, seq: Seq) -> int:
         """Blocks that can be taken from a cache: at least one token is left to compute."""
         return (seq.num_tokens - 1) // self._block_tokens
-
-    def start_load(self, seq: Seq, keys: tuple[BlockKey, ...]) -> int:
-        answer = self._node.handle(LoadStart(self._owner, self._epoch, seq.name, keys))
-        assert isinstance(answer, Loading), answer
-        return len(answer.slots)
 
     def _end_load(self, seq: Seq, keys: tuple[BlockKey, ...], *, is_wanted: bool) -> tuple[int, ...]:
         """The slots that were read and published. Of a lease that is gone the pool takes the slots back by itself."""
@@ -116,11 +116,8 @@ class _PoolUser:
         self._node.handle(PutEnd(self._owner, self._epoch, seq.name, blocks))
         return answer.slots
 
-    def lose(self) -> None:
-        self._node.handle(OwnerLost(self._owner, self._epoch))
 
-
-class SharedMemory(_PoolUser):
+class SharedMemory(Memory):
     """Pages are the pool's slots, as live on a CPU: a prefix is leased, a hand-off on one node changes only the lease's owner.
 
     Blocks with output in them have keys that nobody else can ask for, since a trace does not say what was output.
@@ -205,7 +202,7 @@ class SharedMemory(_PoolUser):
         return keys[index] if index < len(keys) else output_key(seq.job.number, index)
 
 
-class DeviceMemory(_PoolUser):
+class DeviceMemory(Memory):
     """Pages are in the instance's own memory (HBM); the node's DRAM pool keeps copies of full prompt blocks.
 
     Copies between DRAM and HBM pass PCIe layer by layer beside compute and cost no time; a KV that is handed off is in

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Final
 
-from kvasir.simulator.agenda import Agenda
+from kvasir.simulator.agenda import Agenda, Planned
+
+NEVER_S: Final = math.inf
 
 
 class Pipe:
@@ -43,7 +46,6 @@ class Flow:
         "latency_s",
         "left",
         "looks_s",
-        "pipes",
         "rate",
         "since_s",
         "then",
@@ -51,7 +53,6 @@ class Flow:
     )
 
     def __init__(self, pipes: Pipes, num_bytes: float, latency_s: float, then: Callable[[Flow], None], now: float):
-        self.pipes = pipes
         self.first, self.last = pipes[0], pipes[-1]
         self.left = num_bytes
         self.latency_s = latency_s
@@ -59,7 +60,7 @@ class Flow:
         self.fail: Callable[[], None] | None = None
         self.rate = 0.0
         self.since_s = now
-        self.ends_s = self.looks_s = math.inf
+        self.ends_s = self.looks_s = NEVER_S
         self.version = 0
         self.is_active = True
 
@@ -88,9 +89,8 @@ class Network:
         self.num_flows += 1
         self.num_active += 1
         self.num_bytes += num_bytes
-        for pipe in pipes:
-            pipe.flows[flow] = None
-        self._share(pipes)
+        flow.first.flows[flow] = flow.last.flows[flow] = None
+        self._share(flow.first, flow.last)
         return flow
 
     def extend(self, flow: Flow, num_bytes: float) -> None:
@@ -109,7 +109,7 @@ class Network:
 
     def set_bandwidth(self, pipe: Pipe, bandwidth: float) -> None:
         pipe.bandwidth = bandwidth
-        self._share((pipe,))
+        self._share(pipe, pipe)
 
     def ends_s(self, flow: Flow) -> float:
         """When the flow will have arrived, as things are."""
@@ -117,25 +117,29 @@ class Network:
             return self._agenda.now
         return flow.ends_s + flow.latency_s
 
-    def _share(self, pipes: Pipes) -> None:
+    def _share(self, first: Pipe, last: Pipe) -> None:
         """Give every flow through one of these pipes the rate that it has now."""
+        first.share = first.bandwidth / (len(first.flows) or 1)
+        last.share = last.bandwidth / (len(last.flows) or 1)
+        self._adjust(first)
+        if last is not first:
+            self._adjust(last)
+
+    def _adjust(self, pipe: Pipe) -> None:
         now = self._agenda.now
-        for pipe in pipes:
-            pipe.share = pipe.bandwidth / (len(pipe.flows) or 1)
-        for pipe in pipes:
-            for flow in pipe.flows:
-                rate, other = flow.first.share, flow.last.share
-                if other < rate:
-                    rate = other
-                if rate != flow.rate:  # settle and plan, written out: it is done for every flow that shares a pipe
-                    left = flow.left - flow.rate * (now - flow.since_s)
-                    if left < 0.0:
-                        left = 0.0
-                    flow.left, flow.since_s, flow.rate = left, now, rate
-                    flow.ends_s = ends_s = now + left / rate
-                    if ends_s < flow.looks_s:
-                        flow.version += 1
-                        self._look(flow)
+        for flow in pipe.flows:
+            rate, other = flow.first.share, flow.last.share
+            if other < rate:
+                rate = other
+            if rate != flow.rate:  # settle and plan, written out: it is done for every flow that shares a pipe
+                left = flow.left - flow.rate * (now - flow.since_s)
+                if left < 0.0:
+                    left = 0.0
+                flow.left, flow.since_s, flow.rate = left, now, rate
+                flow.ends_s = ends_s = now + left / rate
+                if ends_s < flow.looks_s:
+                    flow.version += 1
+                    self._look(flow)
 
     def _settle(self, flow: Flow) -> None:
         now = self._agenda.now
@@ -151,10 +155,10 @@ class Network:
 
     def _look(self, flow: Flow) -> None:
         flow.looks_s = flow.ends_s
-        self._agenda.at(flow.ends_s, self._sent, (flow, flow.version))
+        self._agenda.plan(flow.ends_s, _Sent(self, flow, flow.version))
 
-    def _sent(self, planned: tuple[Flow, int]) -> None:
-        flow, version = planned
+    def sent(self, flow: Flow, version: int) -> None:
+        """Its last byte should have left by now."""
         if flow.version != version:
             return
         if flow.ends_s > self._agenda.now:
@@ -162,9 +166,9 @@ class Network:
             return
         self._leave(flow)
         if flow.latency_s:
-            self._agenda.at(self._agenda.now + flow.latency_s, self._arrived, planned)
+            self._agenda.at(self._agenda.now + flow.latency_s, self._arrived, (flow, version))
         else:
-            self._arrived(planned)
+            self._arrived((flow, version))
 
     def _arrived(self, planned: tuple[Flow, int]) -> None:
         flow, version = planned
@@ -176,6 +180,21 @@ class Network:
         flow.is_active = False
         self.num_active -= 1
         flow.left = 0.0
-        for pipe in flow.pipes:
-            del pipe.flows[flow]
-        self._share(flow.pipes)
+        first, last = flow.first, flow.last
+        del first.flows[flow]
+        if last is not first:
+            del last.flows[flow]
+        self._share(first, last)
+
+
+class _Sent(Planned):
+    __slots__ = ("flow", "network", "version")
+
+    def __init__(self, network: Network, flow: Flow, version: int):
+        super().__init__()
+        self.network = network
+        self.flow = flow
+        self.version = version
+
+    def happen(self) -> None:
+        self.network.sent(self.flow, self.version)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Final
 
 from kvasir.core.events import BlocksRemoved, BlocksStored, Event, Inventory
 from kvasir.core.keys import BlockKey
@@ -13,6 +14,7 @@ from kvasir.core.pool_events import (
     Loaded,
     Loading,
     OwnerJoined,
+    PoolAnswer,
     PoolEvent,
     PutBlocks,
     Refused,
@@ -54,6 +56,7 @@ class SimNode:
         tell: Callable[[Event], None],
     ):
         self.spec = spec
+        self.id = spec.id
         self._block_bytes = block_bytes
         self._network = network
         self._on_ssd: dict[int, SsdBlock] = {}
@@ -87,21 +90,24 @@ class SimNode:
         """The answer for the owner that asked; None when there is nothing to say."""
         answer: Answer = None
         for said in self.pool.handle(event, self._agenda.now):
-            kind = type(said)
-            if kind is Stored:
-                self._seq += 1
-                self._tell(BlocksStored(self.spec.id, self._seq, said.keys, said.tier))  # type: ignore[attr-defined]
-            elif kind is Removed:
-                self._seq += 1
-                self._tell(BlocksRemoved(self.spec.id, self._seq, said.keys, said.tier))  # type: ignore[attr-defined]
-            elif kind is Spill:
-                self._write(said)  # type: ignore[arg-type]
-            elif kind is Erase:
-                for ssd_slot in said.ssd_slots:  # type: ignore[attr-defined]
-                    self._on_ssd.pop(ssd_slot, None)
-            else:
+            hear = _HEARD.get(type(said))
+            if hear is None:
                 answer = said  # type: ignore[assignment]
+            else:
+                hear(self, said)
         return answer
+
+    def _stored(self, said: Stored) -> None:
+        self._seq += 1
+        self._tell(BlocksStored(self.id, self._seq, said.keys, said.tier))
+
+    def _removed(self, said: Removed) -> None:
+        self._seq += 1
+        self._tell(BlocksRemoved(self.id, self._seq, said.keys, said.tier))
+
+    def _erase(self, said: Erase) -> None:
+        for ssd_slot in said.ssd_slots:
+            self._on_ssd.pop(ssd_slot, None)
 
     @property
     def num_blocks(self) -> int:
@@ -136,3 +142,12 @@ class SimNode:
         """Publish blocks that have arrived, under a lease of the owner; their slots, fewer when the pool is full."""
         reserved = self.handle(PutBlocks(owner, epoch, lease, keys))
         return reserved.slots if isinstance(reserved, Reserved) else ()
+
+
+_HEARD: Final[dict[type[PoolAnswer], Callable[[SimNode, Any], None]]] = {
+    Stored: SimNode._stored,
+    Removed: SimNode._removed,
+    Spill: SimNode._write,
+    Erase: SimNode._erase,
+}
+"""What is not for the owner that asked."""

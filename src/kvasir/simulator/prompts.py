@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from struct import Struct
 from typing import Final
 
 from kvasir.core.errors import ConfigError
@@ -20,7 +21,7 @@ class PromptKeys:
     a multiple of the other.
     """
 
-    __slots__ = ("_block_tokens", "_merge", "_split")
+    __slots__ = ("_block_tokens", "_forms", "_merge", "_split")
 
     def __init__(self, trace_tokens: int, block_tokens: int):
         if trace_tokens % block_tokens and block_tokens % trace_tokens:
@@ -30,6 +31,7 @@ class PromptKeys:
         self._block_tokens = block_tokens
         self._split = max(1, trace_tokens // block_tokens)
         self._merge = max(1, block_tokens // trace_tokens)
+        self._forms: dict[int, tuple[Struct, Struct]] = {}  # by number of keys: ids, padded, and keys
 
     def of(self, request: TraceRequest) -> tuple[BlockKey, ...]:
         """Keys of the full blocks of the prompt."""
@@ -39,7 +41,15 @@ class PromptKeys:
             return tuple([(part << _PART_SHIFT | hash_id).to_bytes(KEY_BYTES, "little") for hash_id, part in parts])
         if self._merge > 1:
             ids = ids[self._merge - 1 :: self._merge]
-        return tuple([hash_id.to_bytes(KEY_BYTES, "little") for hash_id in (ids if count == len(ids) else ids[:count])])
+        return self._padded(ids if count == len(ids) else ids[:count])
+
+    def _padded(self, ids: tuple[int, ...]) -> tuple[BlockKey, ...]:
+        """All at once, which takes half as long as one by one."""
+        count = len(ids)
+        forms = self._forms.get(count)
+        if forms is None:
+            forms = self._forms[count] = Struct("<" + f"Q{KEY_BYTES - 8}x" * count), Struct(f"{KEY_BYTES}s" * count)
+        return forms[1].unpack(forms[0].pack(*ids))
 
 
 def output_key(number: int, index: int) -> BlockKey:

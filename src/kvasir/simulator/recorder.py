@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 from kvasir.core.request import Role
 from kvasir.scheduling.conductor import Conductor
+from kvasir.simulator.hot import HotBlocks
 from kvasir.simulator.instance import SimInstance
 from kvasir.simulator.node import SimNode
-from kvasir.simulator.samples import HotBlocks, Sample
+from kvasir.simulator.samples import Sample
 
 
 class RoleClock:

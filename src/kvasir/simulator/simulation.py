@@ -24,17 +24,17 @@ from kvasir.simulator.breakage import Breakage
 from kvasir.simulator.config import SimConfig
 from kvasir.simulator.cores import Cores
 from kvasir.simulator.faults import Fault, check_faults
+from kvasir.simulator.hot import HotBlocks
 from kvasir.simulator.hub import SimHub
 from kvasir.simulator.instance import SimInstance
 from kvasir.simulator.jobs import Job
-from kvasir.simulator.memory import DeviceMemory, SharedMemory
+from kvasir.simulator.memory import DeviceMemory, Memory, SharedMemory
 from kvasir.simulator.network import Network
 from kvasir.simulator.node import SimNode
 from kvasir.simulator.prompts import PromptKeys
+from kvasir.simulator.record_book import RecordBook
 from kvasir.simulator.recorder import RoleClock, Sampler
-from kvasir.simulator.records import RecordBook
 from kvasir.simulator.run import Run
-from kvasir.simulator.samples import HotBlocks
 from kvasir.simulator.spec import ClusterSpec, InstanceSpec, MemoryKind
 from kvasir.workload.trace import Trace
 
@@ -156,7 +156,7 @@ class Simulation:
         cluster = self._cluster
         node = self.hub.nodes[info.node]
         node.handle(OwnerJoined(info.id, info.epoch))
-        memory: SharedMemory | DeviceMemory
+        memory: Memory
         if cluster.memory is MemoryKind.SHARED:
             memory = SharedMemory(node, info.id, info.epoch, cluster.block_tokens)
         else:

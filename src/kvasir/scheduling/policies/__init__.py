@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvasir.scheduling.policies.aibrix import Aibrix, AibrixConductor
+from kvasir.scheduling.policies.choice import Choice
 from kvasir.scheduling.policies.dynamo import Dynamo
-from kvasir.scheduling.policies.interface import Choice, Placement
+from kvasir.scheduling.policies.interface import Placement
 from kvasir.scheduling.policies.kvasir import Kvasir
 from kvasir.scheduling.policies.least_loaded import LeastLoaded
 from kvasir.scheduling.policies.llm_d import LlmD

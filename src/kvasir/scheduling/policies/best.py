@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from kvasir.core.commands import Candidate
-from kvasir.scheduling.policies.interface import NUM_RECORDED, Choice
+from kvasir.scheduling.policies.choice import NUM_RECORDED, Choice
 from kvasir.scheduling.view import Floats
 
 
@@ -43,11 +43,12 @@ def _least(scores: list[float], count: int) -> list[int]:
     """The rows of the least scores, in order; of equals the first goes first."""
     rows: list[int] = []
     for row, score in enumerate(scores):
+        if len(rows) == count:
+            if score >= scores[rows[-1]]:
+                continue
+            rows.pop()
         place = len(rows)
         while place and score < scores[rows[place - 1]]:
             place -= 1
-        if place < count:
-            rows.insert(place, row)
-            if len(rows) > count:
-                rows.pop()
+        rows.insert(place, row)
     return rows

@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 from random import Random
-from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from msgspec import Struct
-
-from kvasir.core.commands import Candidate
+from kvasir.scheduling.policies.choice import Choice
 from kvasir.scheduling.view import ClusterView
 
 if TYPE_CHECKING:
     from kvasir.scheduling.few import FewView
-
-NUM_RECORDED: Final = 3
-"""How many candidates a decision records: the chosen one and the next best."""
-
-
-class Choice(Struct, frozen=True):
-    """`candidates` begin with the chosen one; `why` finishes the sentence "prefill on p3 by ..."."""
-
-    candidates: tuple[Candidate, ...]
-    why: str
-
-    @property
-    def chosen(self) -> Candidate:
-        return self.candidates[0]
 
 
 class Placement(Protocol):

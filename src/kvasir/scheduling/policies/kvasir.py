@@ -10,7 +10,7 @@ import numpy as np
 
 from kvasir.core.commands import Candidate
 from kvasir.scheduling.policies.best import best_of_few, choice_of, least_rows
-from kvasir.scheduling.policies.interface import Choice
+from kvasir.scheduling.policies.choice import Choice
 from kvasir.scheduling.view import ClusterView, Floats
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Kvasir:
             return view.fetch(row) if fetch_s[row] < local_s[row] else view.local(row)
 
         alone = choice_of(_best_rows(view, ttft_s), plan, f"least TTFT of all plans among {len(ttft_s)}")
-        if view.max_stages == 1 or alone.chosen.ttft_s <= MARGIN * view.due_in_s:
+        if view.max_stages == 1 or alone.ttft_s <= MARGIN * view.due_in_s:
             return alone
         prefills = view.prefills
         free_first = np.argsort(np.where(prefills.pace < 1.0, np.inf, prefills.wait_s), kind="stable")
@@ -61,20 +61,11 @@ class Kvasir:
 
     def place_few(self, view: FewView) -> Choice | None:
         """As `place`."""
-        plans = view.local_and_fetch_s()
-        ttft_s: list[float] = []
-        for row, (local_s, fetch_s) in enumerate(plans):
-            ttft_s.append(view.wait_s[row] + (min(local_s, fetch_s)))
-        ttft_s = _where_wanted_of_few(view, ttft_s)
-
-        def plan(row: int) -> Candidate:
-            local_s, fetch_s = plans[row]
-            return view.fetch(row, fetch_s) if fetch_s < local_s else view.local(row)
-
-        alone = best_of_few(ttft_s, plan, "least TTFT of all plans")
-        if view.max_stages == 1 or alone.chosen.ttft_s <= MARGIN * view.due_in_s:
+        ttft_s = _where_wanted_of_few(view, [known.wait_s + min(known.local_s, known.fetch_s) for known in view.prefillers])
+        alone = best_of_few(ttft_s, view.faster, "least TTFT of all plans")
+        if view.max_stages == 1 or alone.ttft_s <= MARGIN * view.due_in_s:
             return alone
-        free_s = [math.inf if pace < 1.0 else wait_s for pace, wait_s in zip(view.pace, view.wait_s, strict=True)]
+        free_s = [math.inf if known.pace < 1.0 else known.wait_s for known in view.prefillers]
         return _pipeline(view, alone, sorted(range(len(free_s)), key=free_s.__getitem__))
 
 
@@ -98,18 +89,20 @@ def _pipeline(view: ClusterView | FewView, alone: Choice, free_first: list[int])
 
 def _where_wanted_of_few(view: FewView, ttft_s: list[float]) -> list[float]:
     """As `_where_wanted`."""
-    steady_s = [
-        seconds if view.pace[row] == 1.0 or seconds <= SLACK_HORIZON_S else math.inf for row, seconds in enumerate(ttft_s)
-    ]
-    if min(steady_s) < math.inf:
-        ttft_s = steady_s
-    exposed_s = view.transfer_s(view.num_prompt_tokens) - view.prefill_s(view.best_tokens)
+    known = view.prefillers
+    ttft_s = _only([known[row].pace == 1.0 or seconds <= SLACK_HORIZON_S for row, seconds in enumerate(ttft_s)], ttft_s)
+    exposed_s = view.transfer_s(view.num_prompt_tokens) - view.rest_s
     if exposed_s > SMOOTH * view.tbt_s:
         limit_s = MARGIN * view.due_in_s
-        stays_s = [s if view.prefillers[row].can_decode and s <= limit_s else math.inf for row, s in enumerate(ttft_s)]
-        if min(stays_s) < math.inf:
-            ttft_s = stays_s
+        ttft_s = _only([known[row].instance.can_decode and s <= limit_s for row, s in enumerate(ttft_s)], ttft_s)
     return ttft_s
+
+
+def _only(is_wanted: list[bool], seconds: list[float]) -> list[float]:
+    """Infinite for those that are not, unless nobody is."""
+    if True not in is_wanted or False not in is_wanted:
+        return seconds
+    return [seconds[row] if wanted else math.inf for row, wanted in enumerate(is_wanted)]
 
 
 def _best_rows(view: ClusterView, ttft_s: Floats) -> list[int]:

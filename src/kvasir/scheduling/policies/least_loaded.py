@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from kvasir.scheduling.policies.best import best_of
-from kvasir.scheduling.policies.interface import Choice
+from kvasir.scheduling.policies.choice import Choice
 from kvasir.scheduling.view import ClusterView
 
 

@@ -7,7 +7,7 @@ from random import Random
 import numpy as np
 
 from kvasir.scheduling.policies.best import best_of
-from kvasir.scheduling.policies.interface import Choice
+from kvasir.scheduling.policies.choice import Choice
 from kvasir.scheduling.view import ClusterView, Floats, Ints
 
 QUEUE_WEIGHT = 2.0

@@ -6,7 +6,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from kvasir.scheduling.policies.best import best_of, best_of_few
-from kvasir.scheduling.policies.interface import Choice
+from kvasir.scheduling.policies.choice import Choice
 from kvasir.scheduling.view import ClusterView
 
 if TYPE_CHECKING:
@@ -21,6 +21,5 @@ class Local:
 
     def place_few(self, view: FewView) -> Choice | None:
         """As `place`."""
-        local_s = [view.prefill_s(prefix) / pace for prefix, pace in zip(view.prefix_tokens, view.pace, strict=True)]
-        ttft_s = [wait_s + seconds for wait_s, seconds in zip(view.wait_s, local_s, strict=True)]
+        ttft_s = [known.wait_s + known.local_s for known in view.prefillers]
         return best_of_few(ttft_s, view.local, "least TTFT from local caches")

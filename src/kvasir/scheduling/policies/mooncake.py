@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from kvasir.scheduling.policies.best import best_of, best_of_few
-from kvasir.scheduling.policies.interface import Choice
+from kvasir.scheduling.policies.choice import Choice
 from kvasir.scheduling.view import ClusterView
 
 if TYPE_CHECKING:
-    from kvasir.core.commands import Candidate
     from kvasir.scheduling.few import FewView
 
 BALANCING_THRESHOLD: Final = 4.0
@@ -41,15 +40,12 @@ class Mooncake:
 
     def place_few(self, view: FewView) -> Choice | None:
         """As `place`."""
-        plans = view.local_and_fetch_s()
-        fetches = [
-            view.best_tokens > self.balancing_threshold * prefix and fetch_s < local_s
-            for prefix, (local_s, fetch_s) in zip(view.prefix_tokens, plans, strict=True)
+        threshold, best = self.balancing_threshold, view.best_tokens
+        fetches = [best > threshold * known.prefix_tokens and known.fetch_s < known.local_s for known in view.prefillers]
+        ttft_s = [
+            known.wait_s + (known.fetch_s if fetch else known.local_s)
+            for known, fetch in zip(view.prefillers, fetches, strict=True)
         ]
-        rows = zip(view.wait_s, plans, fetches, strict=True)
-        ttft_s = [wait_s + (fetch_s if fetch else local_s) for wait_s, (local_s, fetch_s), fetch in rows]
-
-        def plan(row: int) -> Candidate:
-            return view.fetch(row, plans[row][1]) if fetches[row] else view.local(row)
-
-        return best_of_few(ttft_s, plan, "least TTFT by Algorithm 1")
+        return best_of_few(
+            ttft_s, lambda row: view.fetch(row) if fetches[row] else view.local(row), "least TTFT by Algorithm 1"
+        )

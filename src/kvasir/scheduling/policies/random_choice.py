@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from kvasir.scheduling.policies.interface import Choice
+from kvasir.scheduling.policies.choice import Choice
 from kvasir.scheduling.view import ClusterView
 
 

@@ -1,0 +1,35 @@
+"""The last events that a node took, for the story of a broken invariant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from kvasir.core.pool_events import PoolEvent
+
+STORY_LENGTH: Final = 64
+
+
+class Story:
+    """Iterates over (time in seconds, event), the oldest first. A ring, for one is told with every event."""
+
+    __slots__ = ("_events", "_num_told", "_times_s")
+
+    def __init__(self) -> None:
+        self._num_told = 0
+        self._times_s: list[float] = []
+        self._events: list[PoolEvent] = []
+
+    def tell(self, now: float, event: PoolEvent) -> None:
+        place = self._num_told % STORY_LENGTH
+        self._num_told += 1
+        if place == len(self._events):
+            self._times_s.append(now)
+            self._events.append(event)
+        else:
+            self._times_s[place], self._events[place] = now, event
+
+    def __iter__(self) -> Iterator[tuple[float, PoolEvent]]:
+        told = list(zip(self._times_s, self._events, strict=True))
+        oldest = self._num_told % STORY_LENGTH if len(told) == STORY_LENGTH else 0
+        return iter(told[oldest:] + told[:oldest])
