@@ -3,7 +3,8 @@
     python -m benchmarks.placement [--json]
 
 Every third node holds a prefix of the prompt, seven different lengths of it, and 300 requests wait, so that the policy has
-something to weigh. A block has 512 tokens as in the published traces, or 64 as in a served model.
+something to weigh. A block has 512 tokens as in the published traces, or 64 as in a served model. As machine code where that
+was built (`python -m kvasir.native.build`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import time
 from random import Random
 
+import kvasir.cli  # noqa: F401 (before all others: machine code, where it was built, as in the product)
 from kvasir.core.events import Arrived, BlocksStored, InstanceInfo, InstanceJoined
 from kvasir.core.keys import KEY_BYTES
 from kvasir.core.request import Request, Role, Slo
