@@ -27,6 +27,7 @@ from kvasir.store.messenger.faulty import FaultPlan
 from kvasir.store.remote_pool import RemotePool
 
 from .pool_peer import LISTEN, SIZE, failing, key, value
+from .stopping import stop
 
 PEER = Path(__file__).with_name("pool_peer.py")
 STALL = FaultPlan(stall=1.0)
@@ -194,17 +195,10 @@ def test_a_receiver_that_is_killed_is_an_error_at_the_sender() -> None:
         pool.check()
 
 
-def stands_still(pid: int) -> bool:
-    """Whether the signal has reached all threads: kill does not wait for that."""
-    states = [stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
-    return all(state == "T" for state in states)
-
-
 def test_a_receiver_that_stands_still_is_not_waited_for_and_frees_when_it_goes_on() -> None:
     with peer("receive", "0") as receiver, RemotePool(heard(receiver), timeout_s=1.0) as other, giver() as pool:
         other.alloc(3)
-        os.kill(receiver.pid, signal.SIGSTOP)
-        wait_until(lambda: stands_still(receiver.pid))
+        stop(receiver.pid)
         with pytest.raises(PoolError, match="did not answer within 1 s"):
             pool.transfer_with_insert(other, [key(0)], [0])
         os.kill(receiver.pid, signal.SIGCONT)

@@ -15,6 +15,7 @@ import pytest
 from kvasir.core.errors import TransferError
 from kvasir.store.messenger import PeerArena, SpanPair
 from tests.store.messenger.beds import NUM_SLOTS, SLOT_BYTES, filled, soon
+from tests.store.stopping import stop
 
 pytest.importorskip("nixl", reason="the optional NIXL is not installed: pip install nixl nixl-cu12 --no-deps")
 from kvasir.store.messenger.nixl import NixlTransport
@@ -80,7 +81,7 @@ async def test_after_a_read_from_a_stopped_peer_nobody_writes(ends: str, monkeyp
     with other_process() as (process, peer):
         await transport.read(peer, ALL[:1], deadline_s=soon(60))
         before = transport.address
-        process.send_signal(signal.SIGSTOP)
+        stop(process.pid)
         task = asyncio.create_task(transport.read(peer, ALL, deadline_s=soon(0.5 if ends == "deadline" else 30.0)))
         await asyncio.sleep(0.1)
         if ends == "cancelled":

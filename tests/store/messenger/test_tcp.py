@@ -25,6 +25,7 @@ from kvasir.store.messenger import PeerArena, Priority, SpanPair, TcpLimits, Tcp
 from kvasir.store.messenger import tcp_wire as wire
 from kvasir.store.messenger.tcp_channel import Channel
 from tests.store.messenger.beds import LIMITS, NUM_SLOTS, SLOT_BYTES, Bed, bed, expected, filled, soon, tcp, tcp_bed
+from tests.store.stopping import stop
 
 ALL = [SpanPair(slot, slot, 0, SLOT_BYTES) for slot in range(NUM_SLOTS)]
 
@@ -271,7 +272,7 @@ async def test_a_peer_that_stops_is_noticed_long_before_the_deadline_and_its_lat
     loop = asyncio.get_running_loop()
     with other_process() as (process, peer):
         await transport.read(peer, ALL, deadline_s=soon())
-        process.send_signal(signal.SIGSTOP)
+        stop(process.pid)
         started_s = loop.time()
         with pytest.raises(TransferError) as raised:
             await transport.read(peer, ALL, deadline_s=soon(60.0))
