@@ -25,9 +25,8 @@ from tests.engine.conftest import (
     generate,
     needs_gpu,
     random_tokens,
-    step,
 )
-from tests.engine.test_torch_engine import MODELS, is_greedy
+from tests.engine.test_torch_engine import MODELS, is_greedy, one_life
 
 Reference = Callable[[Path], Callable[[Sequence[int]], Tensor]]
 Device = Literal["cpu", "cuda"]
@@ -51,16 +50,7 @@ async def test_greedy_tokens_are_those_of_transformers(
     assert engine.kernels.startswith(kernels)
     arena = Arena(engine.spec)
     engine.attach(arena.slots)
-    first = Sequence_("first", PROMPT, arena.reserve(80))
-    chunked = Sequence_("chunked", LATE_PROMPT, arena.reserve(112))
-    await generate(engine, first, 3)
-    for _ in range(6):
-        await step(engine, (chunked, 17), first)
-    cached = Sequence_("cached", PROMPT[:32] + LATE_PROMPT[:9], first.pages[:2] + arena.reserve(48))
-    cached.computed = 32
-    while len(cached.generated) < COUNT:
-        await step(engine, first, cached, chunked)
-    for sequence in (first, chunked, cached):
+    for sequence in await one_life(engine, arena):
         assert len(set(sequence.generated)) > 3
         assert is_greedy(reference(path), sequence), sequence.name
     await engine.close()

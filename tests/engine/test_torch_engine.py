@@ -88,6 +88,20 @@ def is_greedy(logits: Callable[[Sequence[int]], Tensor], sequence: Sequence_) ->
     return bool(sequence.generated == best[sequence.num_prompt - 1 : -1])
 
 
+async def one_life(engine: TorchEngine, arena: Arena) -> list[Sequence_]:
+    """Whole prompts, odd chunks, mixed batches, a cached prefix, all at scattered pages."""
+    first = Sequence_("first", PROMPT, arena.reserve(80))
+    chunked = Sequence_("chunked", LATE_PROMPT, arena.reserve(112))
+    await generate(engine, first, 3)
+    for _ in range(6):
+        await step(engine, (chunked, 17), first)
+    cached = Sequence_("cached", PROMPT[:32] + LATE_PROMPT[:9], first.pages[:2] + arena.reserve(48))
+    cached.computed = 32
+    while len(cached.generated) < COUNT:
+        await step(engine, first, cached, chunked)
+    return [first, chunked, cached]
+
+
 @pytest.mark.parametrize("name", MODELS)
 async def test_greedy_tokens_are_those_of_transformers(
     name: str, ops: Ops, checkpoint: MakeCheckpoint, reference: Reference
@@ -95,17 +109,8 @@ async def test_greedy_tokens_are_those_of_transformers(
     """One life of an arena: whole prompts, odd chunks, mixed batches, a cached prefix, all at scattered pages."""
     path = checkpoint(**MODELS[name])
     async with opened(path, ops=ops) as (engine, arena):
-        first = Sequence_("first", PROMPT, arena.reserve(80))
-        chunked = Sequence_("chunked", LATE_PROMPT, arena.reserve(112))
-        await generate(engine, first, 3)
-        for _ in range(6):
-            await step(engine, (chunked, 17), first)
-        cached = Sequence_("cached", PROMPT[:32] + LATE_PROMPT[:9], first.pages[:2] + arena.reserve(48))
-        cached.computed = 32
-        while len(cached.generated) < COUNT:
-            await step(engine, first, cached, chunked)
         logits = reference(path)
-        for sequence in (first, chunked, cached):
+        for sequence in await one_life(engine, arena):
             assert len(set(sequence.generated)) > 3, "a model that repeats itself proves little"
             assert is_greedy(logits, sequence), sequence.name
 
