@@ -139,10 +139,7 @@ def _rms_norm(x_ptr, total_ptr, weight_ptr, out_ptr, width, eps, IS_ADDED: tl.co
     if IS_ADDED:
         x = (x.to(tl.float32) + tl.load(total_ptr + at, mask=is_column, other=0.0).to(tl.float32)).to(x.dtype)
         tl.store(total_ptr + at, x, mask=is_column)
-    wide = x.to(tl.float32)
-    normed = (wide * (1.0 / tl.sqrt(tl.sum(wide * wide, 0) / width + eps))).to(x.dtype)
-    weight = tl.load(weight_ptr + column, mask=is_column, other=0.0)
-    tl.store(out_ptr + at, (normed.to(tl.float32) * weight.to(tl.float32)).to(x.dtype), mask=is_column)
+    tl.store(out_ptr + at, _normed(x, weight_ptr, column, is_column, eps, width), mask=is_column)
 
 
 @triton.jit
@@ -158,9 +155,9 @@ def _silu_mul(gate_up_ptr, out_ptr, width, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _normed(x, norm_ptr, dim, is_dim, eps, HEAD_DIM: tl.constexpr):
+def _normed(x, norm_ptr, dim, is_dim, eps, width):
     wide = x.to(tl.float32)
-    normed = (wide * (1.0 / tl.sqrt(tl.sum(wide * wide, 0) / HEAD_DIM + eps))).to(x.dtype)
+    normed = (wide * (1.0 / tl.sqrt(tl.sum(wide * wide, 0) / width + eps))).to(x.dtype)
     weight = tl.load(norm_ptr + dim, mask=is_dim, other=0.0)
     return (normed.to(tl.float32) * weight.to(tl.float32)).to(x.dtype)
 
