@@ -22,7 +22,7 @@ from kvasir.core.keys import KEY_BYTES
 from kvasir.core.request import Request, Role, Slo
 from kvasir.costs.roofline import reference_cost
 from kvasir.scheduling.conductor import Conductor
-from kvasir.scheduling.placer import ConductorConfig
+from kvasir.scheduling.conductor_config import ConductorConfig
 from kvasir.scheduling.strategy import strategy
 
 PROMPT_TOKENS = 128 * 1024 + 1

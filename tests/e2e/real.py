@@ -17,7 +17,7 @@ from kvasir.cluster.local import LocalCluster, fit_to_pool
 from kvasir.cluster.model import model_spec
 from kvasir.cluster.service import Submission
 from kvasir.core.request import Sampling, Slo
-from kvasir.scheduling.placer import ConductorConfig
+from kvasir.scheduling.conductor_config import ConductorConfig
 from kvasir.scheduling.strategy import strategy
 
 T = TypeVar("T")

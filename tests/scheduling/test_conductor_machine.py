@@ -28,7 +28,8 @@ from kvasir.core.request import FinishReason, Request, Role, Slo
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
 from kvasir.scheduling.admission import ADMISSIONS
 from kvasir.scheduling.conductor import Conductor
-from kvasir.scheduling.placer import ConductorConfig, Rules
+from kvasir.scheduling.conductor_config import ConductorConfig
+from kvasir.scheduling.placer import Rules
 from kvasir.scheduling.policies import POLICIES
 
 KEYS = tuple(bytes([i]) * 16 for i in range(6))

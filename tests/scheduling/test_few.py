@@ -13,7 +13,7 @@ from kvasir.core.request import FinishReason, Request, Role, Slo
 from kvasir.costs.roofline import reference_cost
 from kvasir.report.slo import ScaledSlo
 from kvasir.scheduling import placer
-from kvasir.scheduling.placer import ConductorConfig
+from kvasir.scheduling.conductor_config import ConductorConfig
 from kvasir.scheduling.strategy import strategy
 
 CONFIG = ConductorConfig(kv_bytes_per_token=327_680, block_tokens=512, layerwise=True, max_stages=8)

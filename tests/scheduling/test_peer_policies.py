@@ -9,8 +9,8 @@ from kvasir.core.request import Slo
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
 from kvasir.costs.quick import quick
 from kvasir.scheduling.chunking import BatcherConfig
+from kvasir.scheduling.conductor_config import ConductorConfig
 from kvasir.scheduling.decode_choice import DECODE_RULES
-from kvasir.scheduling.placer import ConductorConfig
 from kvasir.scheduling.policies import POLICIES, Choice, Mooncake
 from kvasir.scheduling.policies.llm_d import shortness
 from kvasir.scheduling.strategy import STRATEGIES

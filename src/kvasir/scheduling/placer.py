@@ -12,7 +12,6 @@ from typing import Final, TypeVar
 from msgspec import structs
 
 from kvasir.core.commands import Candidate, Decision
-from kvasir.core.errors import ConfigError
 from kvasir.core.request import Request, Slo
 from kvasir.costs.model import CostModel
 from kvasir.costs.quick import quick
@@ -20,6 +19,7 @@ from kvasir.pool.directory import BlockDirectory
 from kvasir.pool.match import PrefixMatch
 from kvasir.report.slo import ScaledSlo
 from kvasir.scheduling.admission import MIN_RETRY_S, Admission, ttft_limit_s
+from kvasir.scheduling.conductor_config import ConductorConfig
 from kvasir.scheduling.decode_choice import DecodeChoice, DecodeRule, least_tbt
 from kvasir.scheduling.few import FEW, RULES_OF_FEW, FewView, least_tbt_of_few
 from kvasir.scheduling.fleet import Fleet
@@ -40,47 +40,6 @@ MEMORY: Final = 2000
 
 TTFT_MEMORY: Final = 100
 """Placements over which the mean predicted TTFT is taken: it follows a queue that builds up within seconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class ConductorConfig:
-    """Sizes and bounds of a cluster's scheduler.
-
-    `max_queued` bounds requests whose prefill is not done. A request is placed at most `max_attempts` times. An output is
-    expected to have `expected_output_tokens` until answers were seen, or the request's max_tokens if that is less. A heartbeat
-    may not have seen what was sent within the last `settle_s`; a prefill overdue by `prediction_ttl_s` no longer counts as
-    waiting time. A request whose instance died waits `homeless_s` for another when none is left.
-    `shares_cores`: prefill and decode instances of a node run on the same cores. `mixed_step_s`: the longest step of an
-    instance that decodes; None where nothing bounds it. Prefill runs in steps of `chunk_tokens`. `load_bandwidth`
-    (bytes/s) is a node's SSD, 0 for none. With `layerwise`, transfers overlap compute. A prompt may be prefilled by a
-    pipeline of `max_stages` instances; 1 where the bodies have no pipelines.
-    """
-
-    kv_bytes_per_token: int
-    block_tokens: int = 64
-    max_queued: int = 1024
-    max_attempts: int = 3
-    expected_output_tokens: int = 512
-    settle_s: float = 0.5
-    prediction_ttl_s: float = 60.0
-    homeless_s: float = 60.0
-    shares_cores: bool = False
-    mixed_step_s: float | None = None
-    chunk_tokens: int | None = None
-    load_bandwidth: float = 0.0
-    layerwise: bool = False
-    max_stages: int = 1
-
-    def __post_init__(self) -> None:
-        for name, value in (
-            ("kv_bytes_per_token", self.kv_bytes_per_token),
-            ("block_tokens", self.block_tokens),
-            ("max_queued", self.max_queued),
-            ("max_attempts", self.max_attempts),
-            ("expected_output_tokens", self.expected_output_tokens),
-        ):
-            if value < 1:
-                raise ConfigError(f"{name}: got {value}, expected at least 1")
 
 
 @dataclass(frozen=True, slots=True)

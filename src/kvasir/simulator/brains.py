@@ -15,7 +15,7 @@ from kvasir.report.slo import ScaledSlo
 from kvasir.scheduling.batcher import Batcher
 from kvasir.scheduling.chunking import BatcherConfig
 from kvasir.scheduling.conductor import Conductor
-from kvasir.scheduling.placer import ConductorConfig
+from kvasir.scheduling.conductor_config import ConductorConfig
 from kvasir.scheduling.strategy import Strategy
 from kvasir.simulator.config import SimConfig
 from kvasir.simulator.spec import ClusterSpec, MemoryKind, NodeSpec
