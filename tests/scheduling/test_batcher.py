@@ -127,6 +127,24 @@ def test_prefill_gets_its_least_chunk_even_when_decode_takes_all_the_time() -> N
     assert body.lengths(StepDone()) == {"old": 1, "new": 2}
 
 
+def test_prefill_beside_decode_keeps_within_the_seconds_that_steps_were_seen_to_take() -> None:
+    body = Body(Batcher(config(max_step_s=0.04, min_chunk_tokens=2), COSTS), pages=80)
+    assert (body.batcher.load().prefill_scale, body.batcher.load().decode_scale) == (None, None)
+    body(prompt("old", 4, output=200))
+    for _ in range(60):
+        body(StepDone(seconds=0.02))  # a decode step takes twice as long as the model says
+    assert body.batcher.load().decode_scale == pytest.approx(2.0, rel=0.01)
+    body(prompt("new", 64))
+    chunk = body.lengths(StepDone(seconds=0.02))
+    for _ in range(30):
+        if "new" not in chunk:
+            break
+        chunk = body.lengths(StepDone(seconds=0.02 + 0.003 * chunk["new"]))
+    assert body.batcher.load().prefill_scale == pytest.approx(3.0, rel=0.1)
+    body(prompt("next", 64))
+    assert body.lengths(StepDone(seconds=0.02))["next"] == pytest.approx(6, abs=1)  # 20 ms are left, at 3 ms a token
+
+
 def test_at_most_max_batch_sequences_run() -> None:
     body = Body(pages=50)
     body(prompt("x", 1))

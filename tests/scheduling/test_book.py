@@ -66,3 +66,12 @@ def test_waits_are_those_of_a_naive_list(sent: list[tuple[float, float]], gone: 
     assert queue.wait_s(0.0) == pytest.approx(sum(seconds for seconds, _ in naive.values()), abs=1e-9)
     before = sum(seconds for seconds, place in naive.values() if place <= rank)
     assert queue.wait_s(0.0, rank) == pytest.approx(before, abs=1e-9)
+
+
+def test_when_everything_takes_longer_so_does_what_waits_already() -> None:
+    queue = book(("a", 1.0, 0.0, 9.0), ("b", 1.0, 1.0, 9.0))
+    queue.reported(100, sent_before_s=0.0, now=0.0)  # half of it is done
+    assert queue.wait_s(0.0) == pytest.approx(1.0)
+    queue.rescale(3.0)
+    assert queue.wait_s(0.0) == pytest.approx(3.0)
+    queue.check()

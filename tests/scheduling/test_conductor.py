@@ -31,7 +31,8 @@ from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
 from kvasir.report.slo import ScaledSlo
 from kvasir.scheduling.admission import ADMISSIONS, Admission, Off, SloAdmission
 from kvasir.scheduling.conductor import Conductor
-from kvasir.scheduling.placer import ConductorConfig, Rules
+from kvasir.scheduling.conductor_config import ConductorConfig
+from kvasir.scheduling.placer import Rules
 from kvasir.scheduling.policies import POLICIES, LeastLoaded, Mooncake, Placement
 
 COSTS = FittedCost(PrefillFit(0.0, 1e-3, 0, 0), DecodeFit(0.010, 1e-3, 0), 0.0, 1e9)  # 1 ms a prompt token
@@ -122,6 +123,24 @@ def test_a_prefill_that_takes_longer_than_predicted_does_not_make_the_next_one_s
     cluster.arrive("a")
     cluster.arrive("b")
     assert cluster.arrive("c", now=5.0).candidate.wait_s == pytest.approx(1.0)
+
+
+def test_predictions_follow_what_the_instances_measure() -> None:
+    cluster = Cluster()
+    cluster.arrive("before", now=0.0)
+    cluster(Heartbeat("p0", 1, InstanceLoad(waiting_tokens=1000, prefill_scale=5.0)), 0.0)
+    cluster(Heartbeat("p1", 1, InstanceLoad(prefill_scale=1.0)), 0.0)
+    cluster(Heartbeat("d0", 1, InstanceLoad(decode_scale=2.0)), 0.0)  # d1 has not measured anything
+    cluster(Tick(), 0.0)
+    placed = cluster.arrive("r")
+    assert placed.instance == "p1"
+    assert placed.decision.ttft_s == pytest.approx(3.0)
+    assert placed.decision.tbt_s == pytest.approx(0.022)
+    waits = {c.instance: c.wait_s for c in placed.decision.candidates}
+    assert waits["p0"] == pytest.approx(3.0)  # what was sent before takes longer, too
+    cluster(InstanceLost("p0", 1), 0.0)
+    cluster(Tick(), 0.0)
+    assert cluster.arrive("later", 2000).candidate.prefill_s == pytest.approx(2.0)
 
 
 def test_a_heartbeat_corrects_what_is_left_to_do() -> None:

@@ -70,11 +70,13 @@ def test_our_names_and_vllms_tell_the_same_numbers() -> None:
 
 
 def test_instances_have_their_own_gauges_and_a_sum_for_vllm() -> None:
-    loads = [InstanceLoad(waiting=2, running=1), InstanceLoad(running=5, context_tokens=900)]
+    loads = [InstanceLoad(waiting=2, running=1), InstanceLoad(running=5, context_tokens=900, decode_scale=1.5)]
     infos = [InstanceInfo(f"i{k}", role, "n0", 1, 4096, 8) for k, role in enumerate((Role.PREFILL, Role.DECODE))]
     metrics = metrics_of(Status(instances=[Instance(i, load) for i, load in zip(infos, loads, strict=True)]))
     assert value(metrics, "kvasir_num_requests_waiting", instance="i0", role="prefill", node="n0") == 2
     assert value(metrics, "kvasir_num_requests_running", instance="i1", role="decode", node="n0") == 5
+    assert value(metrics, "kvasir_cost_scale", instance="i1", role="decode", node="n0", phase="decode") == 1.5
+    assert 'kvasir_cost_scale{instance="i0"' not in metrics.exposition().decode()
     assert value(metrics, "vllm:num_requests_running") == 6
     assert value(metrics, "vllm:num_requests_waiting") == 2
 

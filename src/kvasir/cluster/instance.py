@@ -97,6 +97,7 @@ class InstanceBody:
         self._send = send
         self._sequences: dict[str, _Sequence] = {}
         self._parked: dict[str, None] = {}  # preempted: they hold nothing until somebody leaves
+        self._landing: set[str] = set()  # whose first step may wait for blocks that come from elsewhere
         self._steps: asyncio.Queue[Step] = asyncio.Queue(maxsize=2)
         self._log = structlog.get_logger().bind(instance=info.id)
         self._clock = asyncio.get_running_loop().time
@@ -196,6 +197,7 @@ class InstanceBody:
         else:
             plan = self._for_one_chunk(plan, len(sequence.tokens))
             pages = await self._pool.bring(run, keys, plan, tenant=tenant)
+            self._landing.add(run)
         if sequence.cached is None:
             sequence.cached = len(pages) * self._block_tokens
         return pages, len(pages) * self._block_tokens
@@ -265,6 +267,7 @@ class InstanceBody:
         """The run has left; who was preempted longest ago may come back: a lease taken earlier would pin what was freed."""
         del self._sequences[run]
         self._parked.pop(run, None)
+        self._landing.discard(run)
         if self._parked:
             back = next(iter(self._parked))
             del self._parked[back]
@@ -281,17 +284,31 @@ class InstanceBody:
     # --- the engine loop ---------------------------------------------------------------------------------------
 
     async def _run_steps(self) -> None:
+        since_s = self._clock()
         while True:
-            step = await self._steps.get()
+            if self._steps.empty():
+                step, since_s = await self._steps.get(), self._clock()
+            else:
+                step = self._steps.get_nowait()
             slices = [self._slice(chunk) for chunk in (*self._batcher.decode_chunks(), *step.chunks)]
             result = await self._compute(slices)
             outputs = tuple(self._grow(run, sampled) for run, sampled in result.tokens.items())
-            self._apply(StepDone(tuple(out.run for out in outputs if out.finish is not None)))
+            finished = tuple(out.run for out in outputs if out.finish is not None)
+            started_s, since_s = since_s, self._clock()
+            self._apply(StepDone(finished, seconds=None if self._have_landed(slices) else since_s - started_s))
             if outputs:
                 ends_first = sorted(outputs, key=lambda out: out.finish is None)
                 self._tell(StepOutput(self._info.id, tuple(ends_first)))
             if self._pauses:
                 await asyncio.sleep(max(0.0, min(result.seconds, self._max_gap_s - result.seconds)))
+                since_s = self._clock()
+
+    def _have_landed(self, slices: list[SequenceSlice]) -> bool:
+        """Whether the step may have waited for blocks from elsewhere; those of its sequences are here now."""
+        landed = self._landing.intersection([s.request_id for s in slices]) if self._landing else None
+        if landed:
+            self._landing -= landed
+        return bool(landed)
 
     async def _compute(self, slices: list[SequenceSlice]) -> StepResult:
         """A step; whoever's cached blocks never come leaves it, and the others are computed again, to the same KV."""

@@ -31,13 +31,18 @@ class InstanceInfo(Struct, frozen=True, gc=False):
 
 
 class InstanceLoad(Struct, frozen=True, gc=False):
-    """An instance's own account of its queues, sent with each heartbeat."""
+    """An instance's own account of its queues, sent with each heartbeat.
+
+    `prefill_scale` and `decode_scale` are how many times as long as the cost model says its steps take; None: not measured yet.
+    """
 
     waiting: int = 0
     running: int = 0
     waiting_tokens: int = 0
     context_tokens: int = 0
     free_kv_tokens: int = 0
+    prefill_scale: float | None = None
+    decode_scale: float | None = None
 
 
 class Arrived(Event, frozen=True):
@@ -169,11 +174,13 @@ class StepDone(Event, frozen=True):
     """The last Step was carried out. `finished` are the sequences whose newest token ended them.
 
     A sequence that reached its `max_total_tokens` is over whether it is listed or not. Of a Step that repeats, `steps` passes
-    were made; whoever carries it out may stop early.
+    were made; whoever carries it out may stop early. `seconds` is what a pass took, with what comes between
+    steps, where that was measured and nothing else was waited for.
     """
 
     finished: tuple[str, ...] = ()
     steps: int = 1
+    seconds: float | None = None
 
 
 class Cancelled(Event, frozen=True):

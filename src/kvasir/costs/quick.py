@@ -1,6 +1,7 @@
 """The cost models with their constants worked out: the same seconds, to the last bit, in a fraction of the time.
 
-A scheduler asks some thirty times a request. `RooflineCost` and `FittedCost` are for files and messages.
+Only here can they be scaled to what is measured while they serve; `RooflineCost` and `FittedCost` are for files and messages. A
+scheduler asks some thirty times a request.
 """
 
 from __future__ import annotations
@@ -28,22 +29,31 @@ def quick(costs: CostModel) -> QuickCosts:
 
 
 class QuickCosts:
-    """Any cost model, as one class that is known when machine code is built: then a question costs less than its answer."""
+    """Any cost model, as one class that is known when machine code is built: then a question costs less than its answer.
 
-    __slots__ = ("_costs", "_split_s")
+    What was measured since can be worked in by `scale`: then prefill and decode take so many times as long as the model says.
+    """
+
+    __slots__ = ("_costs", "_split_s", "decode_scale", "prefill_scale")
 
     def __init__(self, costs: CostModel):
         self._costs = costs
         self._split_s: float | None = None
+        self.prefill_scale = 1.0
+        self.decode_scale = 1.0
+
+    def scale(self, prefill: float, decode: float) -> None:
+        self.prefill_scale, self.decode_scale = prefill, decode
+        self._split_s = None
 
     def prefill_s(self, new_tokens: int, cached_tokens: int) -> float:
-        return self._costs.prefill_s(new_tokens, cached_tokens)
+        return self._costs.prefill_s(new_tokens, cached_tokens) * self.prefill_scale
 
     def decode_step_s(self, batch: int, context_tokens: int) -> float:
-        return self._costs.decode_step_s(batch, context_tokens)
+        return self._costs.decode_step_s(batch, context_tokens) * self.decode_scale
 
     def decode_steps_s(self, batch: npt.NDArray[np.int64], context_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        return self._costs.decode_steps_s(batch, context_tokens)
+        return self._costs.decode_steps_s(batch, context_tokens) * self.decode_scale
 
     def transfer_s(self, num_bytes: int) -> float:
         return self._costs.transfer_s(num_bytes)
@@ -105,7 +115,7 @@ class QuickRoofline(QuickCosts):
             read_s = (self._weight_bytes + (new_tokens + cached_tokens) * self._kv_bytes) / self._bandwidth
             if read_s > seconds:
                 seconds = read_s
-        return self._prefill_overhead_s + seconds
+        return (self._prefill_overhead_s + seconds) * self.prefill_scale
 
     def decode_step_s(self, batch: int, context_tokens: int) -> float:
         if batch <= 0:
@@ -115,7 +125,7 @@ class QuickRoofline(QuickCosts):
             flops_s = (self._linear_flops * batch + self._attention_flops * context_tokens) / self._flops
             if flops_s > seconds:
                 seconds = flops_s
-        return self._step_overhead_s + seconds
+        return (self._step_overhead_s + seconds) * self.decode_scale
 
     def transfer_s(self, num_bytes: int) -> float:
         return self._latency_s + num_bytes / self._network_bandwidth if num_bytes > 0 else 0.0
@@ -153,12 +163,13 @@ class QuickFitted(QuickCosts):
         if new_tokens <= 0:
             return 0.0
         per_token = self._per_token_s + self._per_pair_s * cached_tokens + self._per_square_s * new_tokens
-        return self._base_s + per_token * new_tokens
+        return (self._base_s + per_token * new_tokens) * self.prefill_scale
 
     def decode_step_s(self, batch: int, context_tokens: int) -> float:
         if batch <= 0:
             return 0.0
-        return self._step_base_s + self._per_sequence_s * batch + self._per_context_s * context_tokens
+        seconds = self._step_base_s + self._per_sequence_s * batch + self._per_context_s * context_tokens
+        return seconds * self.decode_scale
 
     def transfer_s(self, num_bytes: int) -> float:
         return self._latency_s + num_bytes / self._bandwidth if num_bytes > 0 else 0.0

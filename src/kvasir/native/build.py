@@ -11,7 +11,7 @@ from pathlib import Path
 from kvasir.native.load import SOURCES, built_folder
 
 MODULES = {
-    "costs": "quick",
+    "costs": "calibration quick",
     "pool": "cost_aware directory eviction ghosts leases match node reuse runs slots ssd story",
     "scheduling": "admission batcher book chunking columns conductor decode_choice decode_set few fleet instance many placed"
     " placer plan queues ranks replication roles sequence step_former",

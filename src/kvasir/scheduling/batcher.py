@@ -20,8 +20,9 @@ from kvasir.core.commands import (
 )
 from kvasir.core.errors import InvariantError
 from kvasir.core.events import Cancelled, Event, Extended, InstanceLoad, PagesGranted, StepDone, Submitted, Tick
+from kvasir.costs.calibration import Calibration
 from kvasir.costs.model import CostModel
-from kvasir.costs.quick import quick
+from kvasir.costs.quick import QuickCosts, quick
 from kvasir.scheduling.batcher_check import check_decodes, check_pages, check_queues, check_step
 from kvasir.scheduling.chunking import BatcherConfig
 from kvasir.scheduling.decode_set import DecodeSet
@@ -47,6 +48,7 @@ class Batcher:
     At most one NeedPages is outstanding; PagesGranted answers it. After a short grant the pool is asked again at the next
     other event. When nobody can go on without a page, the youngest is preempted, so that the oldest always makes progress;
     when there is nobody left to preempt, ticks ask again, and after `starve_s` the oldest is Starved.
+    When it is told how long its steps take, it predicts accordingly, and says so in its load.
     """
 
     def __init__(self, config: BatcherConfig, costs: CostModel | None = None):
@@ -54,7 +56,9 @@ class Batcher:
         self._decodes = DecodeSet(config.block_tokens, config.ahead_tokens)
         self._queues = Queues(self._decodes)
         self._stash: list[int] = []
-        self._former = StepFormer(config, quick(costs) if costs is not None else None, self._queues, self._stash)
+        self._costs = quick(costs) if costs is not None else None
+        self._calibration: Calibration | None = None  # from the first measured step on
+        self._former = StepFormer(config, self._costs, self._queues, self._stash)
         self._step: Step | None = None  # in flight, `_repeats` times at most: all of `_decodes`, and
         self._repeats = 1
         self._prompts: list[Sequence] = []
@@ -108,6 +112,8 @@ class Batcher:
             waiting_tokens=waiting_tokens,
             context_tokens=context_tokens,
             free_kv_tokens=free_kv_tokens + len(self._stash) * self._config.block_tokens,
+            prefill_scale=self._calibration.prefill_scale if self._calibration is not None else None,
+            decode_scale=self._calibration.decode_scale if self._calibration is not None else None,
         )
 
     def check(self) -> None:
@@ -150,6 +156,8 @@ class Batcher:
         passes, finished = event.steps, frozenset(event.finished) if event.finished else _NOBODY
         if not (1 if self._prompts or finished else 0) <= passes <= self._repeats:
             raise InvariantError(f"a step of {step.repeats} passes was in flight, got {event}")
+        if event.seconds is not None and self._costs is not None:
+            self._measured(step, self._costs, event.seconds)
         self._step = None
         touched = self._decodes.advance(passes)
         if finished or self._leaving:
@@ -167,6 +175,13 @@ class Batcher:
             seq.num_computed += seq.in_flight
             seq.in_flight = 0
             self._computed(seq, seq.id in finished, commands)
+
+    def _measured(self, step: Step, costs: QuickCosts, seconds: float) -> None:
+        """What a pass of `step` took; all of its prompts are in flight still."""
+        if self._calibration is None:
+            self._calibration = Calibration(costs)
+        prefill_s = sum([seq.share * costs.prefill_s(seq.in_flight, seq.num_computed) for seq in self._prompts], 0.0)
+        self._calibration.saw(prefill_s, costs.decode_step_s(step.batch, step.context_tokens), seconds)
 
     def _with_leavers(self, due: list[Sequence], finished: frozenset[str]) -> list[Sequence]:
         """`due`, and the decodes that end before they are due."""

@@ -130,6 +130,13 @@ class PrefillBook:
         if pace != self._pace:
             self._done_s, self._as_of_s, self._pace = self._worked_s(now), now, pace
 
+    def rescale(self, factor: float) -> None:
+        """All that was sent is now predicted to take so many times as long."""
+        for entry in self._order:
+            entry.seconds *= factor
+        self.pending_s *= factor
+        self._done_s *= factor
+
     def reported(self, waiting_tokens: int, *, sent_before_s: float, now: float) -> None:
         """The instance says how many tokens it has not computed; what was sent later it may not have seen."""
         seen_tokens, seen_s = 0, 0.0

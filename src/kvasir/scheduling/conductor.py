@@ -14,14 +14,16 @@ from kvasir.core.commands import Cancel, Command, Decision, Decode, Fail, Prefil
 from kvasir.core.errors import InvariantError
 from kvasir.core.request import Request, Slo
 from kvasir.costs.model import CostModel
+from kvasir.costs.quick import quick
 from kvasir.pool.directory import BlockDirectory
 from kvasir.report.slo import ScaledSlo
+from kvasir.scheduling.conductor_config import ConductorConfig
 from kvasir.scheduling.cores import CoreSharing
 from kvasir.scheduling.decode_choice import DecodeChoice
 from kvasir.scheduling.fleet import Fleet
 from kvasir.scheduling.instance import Instance, Seat
 from kvasir.scheduling.placed import Homeless, Placed, State
-from kvasir.scheduling.placer import ConductorConfig, Placer, Proposal, Rules
+from kvasir.scheduling.placer import Placer, Proposal, Rules
 from kvasir.scheduling.plan import Refusal
 from kvasir.scheduling.replication import Replication
 from kvasir.scheduling.roles import Roles
@@ -52,6 +54,7 @@ class Conductor:
         self._config = config
         self._roles = roles
         self._replication = replication
+        costs = quick(costs)  # one for all, so that all follow what is measured
         self._fleet = Fleet(costs, config.mixed_step_s)
         self._directory = BlockDirectory()
         self._placer = Placer(config, costs, rules=rules, slo=slo, rng=rng, fleet=self._fleet, directory=self._directory)
@@ -364,6 +367,7 @@ class Conductor:
         return []
 
     def _tick(self, event: ev.Tick, now: float) -> list[Command]:
+        self._fleet.calibrate()
         expired = self._fleet.expire(sent_before_s=now - self._config.prediction_ttl_s, now=now)
         self.counters["expired_predictions"] += expired
         return [*self._give_up(now), *(Resync(node) for node in self._directory.stale_nodes), *self._review(now)]

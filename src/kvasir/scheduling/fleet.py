@@ -248,6 +248,22 @@ class Fleet:
             known.book.reported(load.waiting_tokens, sent_before_s=now - settle_s, now=now)
             self._booked(known)
 
+    def calibrate(self) -> None:
+        """Predict as steps were measured, by the mean of the instances' scales; a phase that nobody measured stays as it is."""
+        loads = [known.load for known in self._rows]
+        prefill = [load.prefill_scale for load in loads if load.prefill_scale is not None]
+        decode = [load.decode_scale for load in loads if load.decode_scale is not None]
+        if not prefill and not decode:
+            return
+        costs = self._costs
+        before = costs.prefill_scale
+        costs.scale(_mean(prefill, before), _mean(decode, costs.decode_scale))
+        self._token_s, self._fixed_s = costs.prefill_s(1, 0), costs.decode_step_s(1, 0)
+        if costs.prefill_scale != before:
+            for known in self._rows:
+                known.book.rescale(costs.prefill_scale / before)
+                self._booked(known)
+
     def expire(self, *, sent_before_s: float, now: float) -> int:
         """Drop predictions that are long overdue; how many there were."""
         num_expired = 0
@@ -385,6 +401,10 @@ def _without(ids: tuple[str, ...], avoid: frozenset[str]) -> Ints | None:
         return None
     kept = [row for row, name in enumerate(ids) if name not in avoid]
     return np.array(kept, dtype=np.int64) if 0 < len(kept) < len(ids) else None
+
+
+def _mean(numbers: list[float], otherwise: float) -> float:
+    return sum(numbers) / len(numbers) if numbers else otherwise
 
 
 def _rounded(number: float) -> int:

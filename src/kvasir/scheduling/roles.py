@@ -63,8 +63,7 @@ class Elastic:
     def __init__(self, costs: CostModel, tbt_s: float, step_s: float, transfer_s: Callable[[int], float]):
         """`transfer_s` predicts the seconds that the KV of so many tokens takes from node to node."""
         self._costs = quick(costs)
-        self._fixed_s = self._costs.decode_step_s(1, 0)
-        self._chunk_s = self._costs.prefill_s(1, 0)
+        self._fixed_s = self._chunk_s = 0.0  # what the least step of either phase takes, at the last review
         self._step_s = step_s
         self._longest_s = max(step_s, FULL * tbt_s)
         self._transfer_s = transfer_s
@@ -75,6 +74,7 @@ class Elastic:
 
     def review(self, fleet: Fleet, now: float) -> list[SetRole]:
         """At once if those that decode are too few, or nobody decodes; else what was better for HOLD_S."""
+        self._fixed_s, self._chunk_s = self._costs.decode_step_s(1, 0), self._costs.prefill_s(1, 0)
         self._observe(fleet, now)
         demand, decoders = self._demand(fleet), fleet.decoders
         only = sum([not instance.can_prefill for instance in decoders])

@@ -151,9 +151,15 @@ def _instances(instances: Sequence[InstanceView]) -> Iterator[Metric]:
     running = GaugeMetricFamily("kvasir_num_requests_running", "Requests running on the instance", labels=labels)
     waiting = GaugeMetricFamily("kvasir_num_requests_waiting", "Requests waiting on the instance", labels=labels)
     context = GaugeMetricFamily("kvasir_context_tokens", "Tokens of KV that running requests attend to", labels=labels)
+    scale = GaugeMetricFamily(
+        "kvasir_cost_scale", "Measured over predicted seconds of the instance's steps", labels=[*labels, "phase"]
+    )
     for instance in instances:
         values = [instance.info.id, instance.info.role.value, instance.info.node]
         running.add_metric(values, instance.load.running)
         waiting.add_metric(values, instance.load.waiting)
         context.add_metric(values, instance.load.context_tokens)
-    yield from (running, waiting, context)
+        for phase, measured in (("prefill", instance.load.prefill_scale), ("decode", instance.load.decode_scale)):
+            if measured is not None:
+                scale.add_metric([*values, phase], measured)
+    yield from (running, waiting, context, scale)
