@@ -216,7 +216,7 @@ async def _beside(system: System, rng: Random) -> tuple[float, float, float]:
 
 def serve(config: ServeConfig, profile: Path, load: Load, directory: Path) -> tuple[Calibration, list[RequestRecord]]:
     """Start the service, calibrate, send the load, stop it: what every client saw."""
-    prefill, decode, mixed = config.roles
+    prefill, decode, mixed = config.split
     roles = ["--prefill", str(prefill), "--decode", str(decode), "--mixed", str(mixed)]
     command = kvasir("serve", "--port", str(PORT), "--dram", config.dram, "--admission", "off", "--profile", str(profile))
     system = System("kvasir", Server.parse(f"http://127.0.0.1:{PORT}"), config.model)
@@ -236,7 +236,7 @@ def predict(config: ServeConfig, spec: ModelSpec, costs: FittedCost, overhead: O
     kv_tokens = num_slots * spec.block_tokens
     costs = overhead.on(costs)
     roles = [
-        role for role, count in zip((Role.PREFILL, Role.DECODE, Role.MIXED), config.roles, strict=True) for _ in range(count)
+        role for role, count in zip((Role.PREFILL, Role.DECODE, Role.MIXED), config.split, strict=True) for _ in range(count)
     ]
     cluster = ClusterSpec(
         name="this machine",
@@ -261,7 +261,7 @@ def predict(config: ServeConfig, spec: ModelSpec, costs: FittedCost, overhead: O
 def as_served(config: ServeConfig) -> Strategy:
     """The scheduler with the chunks that `kvasir serve` makes: of `chunk_tokens`, in steps of half of the TBT objective."""
     scheduler = strategy(config.policy).with_parts(admission="off")
-    return replace(scheduler, chunk_tokens=config.chunk_tokens, step_share=0.5)
+    return scheduler.live(config.chunk_tokens)
 
 
 def measured(records: Sequence[RequestRecord]) -> Figures:

@@ -37,7 +37,7 @@ from kvasir.pool.node import PoolNode
 from kvasir.scheduling.batcher import Batcher
 from kvasir.scheduling.chunking import BatcherConfig
 from kvasir.scheduling.conductor import Conductor
-from kvasir.scheduling.placer import ConductorConfig
+from kvasir.scheduling.conductor_config import ConductorConfig
 from kvasir.scheduling.strategy import strategy
 from kvasir.store.arena import ArenaHandle, create_arena
 from kvasir.store.messenger.transport import PeerArena, Priority
@@ -184,6 +184,7 @@ def default_brains(num_slots: int, policy: str, chunk_tokens: int, max_batch: in
     conductor = (
         strategy(policy)
         .with_parts(admission="off")
+        .live(chunk_tokens)
         .conductor(
             ConductorConfig(kv_bytes_per_token=SHAPE.kv_bytes_per_token, block_tokens=BLOCK, shares_cores=True),
             COSTS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -11,9 +12,11 @@ import pytest
 from kvasir.cluster.hub import Hub
 from kvasir.cluster.messages import StepOutput, TokenOut
 from kvasir.cluster.service import RequestFailed, Submission
+from kvasir.core.commands import Decision
 from kvasir.core.errors import RequestError
 from kvasir.core.request import FinishReason, Role
-from tests.cluster.harness import BLOCK, Cluster, answer, cluster, expected, submission
+from kvasir.costs.fitted import FittedCost, PrefillFit
+from tests.cluster.harness import BLOCK, COSTS, Cluster, answer, cluster, default_brains, expected, submission
 from tests.cluster.virtual_time import run_virtual
 
 SPLIT = {"prefill-0": Role.PREFILL, "decode-0": Role.DECODE}
@@ -59,6 +62,27 @@ def test_the_next_turn_of_a_chat_hits_what_prefill_and_decode_wrote() -> None:
             assert tokens == expected(second, 20)
             # the KV of the last token of the reply was never computed
             assert cached == (len(first) + len(reply) - 1) // BLOCK * BLOCK
+            await settled(found)
+
+    run_virtual(scenario())
+
+
+def test_predictions_come_to_what_a_slower_engine_takes() -> None:
+    async def scenario() -> None:
+        slower = FittedCost(PrefillFit(0.0, 5.0 * COSTS.prefill.per_token_s, 0.0, 0.0), COSTS.decode, 0.0, 1e9)
+        brains = default_brains(512, "mooncake", 64, 16)
+        async with cluster(SPLIT, brains=replace(brains, costs=slower)) as found:
+            clock, decisions = asyncio.get_running_loop().time, list[Decision]()
+            found.hub.on_decision = decisions.append
+            took_s = []
+            for turn in range(8):
+                before_s = clock()
+                await answer(found.hub, submission(f"r{turn}", prompt_of(turn, 2000), 1))
+                took_s.append(clock() - before_s)
+                await asyncio.sleep(2.0)  # a heartbeat and a tick
+            predicted_s = [decision.ttft_s or 0.0 for decision in decisions]
+            assert predicted_s[0] < 0.3 * took_s[0]
+            assert predicted_s[-1] == pytest.approx(took_s[-1], rel=0.1)
             await settled(found)
 
     run_virtual(scenario())

@@ -83,3 +83,21 @@ def test_machine_code_and_sources_give_the_same_results(policy: str, tmp_path: P
     ]
     native, source = (json.loads(run.stdout) for run in runs)
     assert native | {"wall_s": 0} == source | {"wall_s": 0}
+
+
+@pytest.mark.skipif(not built_folder().exists(), reason="not built: python -m kvasir.native.build")
+def test_machine_code_reads_the_recordings_that_it_writes() -> None:
+    program = """
+import io
+from kvasir.native.load import use
+use()
+from kvasir.core.request import Slo
+from kvasir.costs.roofline import reference_cost
+from kvasir.scheduling import placer
+from kvasir.scheduling.conductor_config import ConductorConfig
+from kvasir.scheduling.recording import ConductorSetup, line_of, read_recording
+setup = ConductorSetup("kvasir", None, "static", 512, ConductorConfig(1024, mixed_step_s=0.05), reference_cost(), Slo(), 0)
+print(placer.__file__, list(read_recording([line_of(setup)])) == [setup])
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.endswith(".so True\n")

@@ -6,6 +6,7 @@ import asyncio
 from collections import defaultdict
 from random import Random
 
+import msgspec
 import pytest
 
 from kvasir.cluster.hub import Hub
@@ -18,7 +19,7 @@ from kvasir.pool.node import PoolNode
 from kvasir.scheduling.batcher import Batcher
 from kvasir.scheduling.chunking import BatcherConfig
 from kvasir.scheduling.conductor import Conductor
-from kvasir.scheduling.placer import ConductorConfig
+from kvasir.scheduling.conductor_config import ConductorConfig
 from kvasir.scheduling.recording import ConductorSetup, Recorded, heard, line_of, read_recording, replay
 from kvasir.workload.content import BlockContent
 from tests.cluster.harness import BLOCK, COSTS, SHAPE, SPEC, Brains, answer, cluster, submission
@@ -29,6 +30,8 @@ ROLES = {"d0": Role.DECODE, "m0": Role.MIXED, "p0": Role.PREFILL, "p1": Role.PRE
 SETUP = ConductorSetup(
     policy="random",
     admission="slo",
+    roles=None,
+    chunk_tokens=64,
     config=ConductorConfig(kv_bytes_per_token=SHAPE.kv_bytes_per_token, block_tokens=BLOCK, shares_cores=True),
     costs=COSTS,
     slo=Slo(1.0, 0.02),
@@ -124,7 +127,7 @@ def test_another_conductor_would_say_something_else() -> None:
     ears = Ears()
     run_virtual(live_run(ears))
     records = [record for record in read_recording(ears.lines) if isinstance(record, Recorded) and record.brain == "conductor"]
-    other = ConductorSetup(SETUP.policy, SETUP.admission, SETUP.config, SETUP.costs, SETUP.slo, seed=SETUP.seed + 1)
+    other = msgspec.structs.replace(SETUP, seed=SETUP.seed + 1)
     assert replay(other.make(), records) != ears.said["conductor"]
 
 

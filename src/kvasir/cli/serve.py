@@ -35,7 +35,7 @@ from kvasir.gateway.app import make_app
 from kvasir.gateway.config import GatewayConfig
 from kvasir.gateway.server import serve_http
 from kvasir.gateway.tokenizer import Tokenizer
-from kvasir.scheduling.placer import ConductorConfig
+from kvasir.scheduling.conductor_config import ConductorConfig
 from kvasir.scheduling.recording import ConductorSetup, heard, line_of
 from kvasir.telemetry import logs
 
@@ -133,6 +133,8 @@ def _hub_maker(
     setup = ConductorSetup(
         policy=config.policy,
         admission=config.admission,
+        roles=config.role_rule,
+        chunk_tokens=config.chunk_tokens,
         config=ConductorConfig(
             kv_bytes_per_token=spec.shape.kv_bytes_per_token,
             block_tokens=spec.block_tokens,
@@ -222,7 +224,7 @@ class _Screen:
     def model(self, spec: ModelSpec) -> None:
         size, kv = f"{spec.shape.num_params / 1e6:.0f}M parameters", format_size(spec.shape.kv_bytes_per_token)
         self.say(f"[bold]{spec.name}[/bold]: {spec.architecture}, {size}, {spec.dtype}, {kv} of KV a token")
-        prefill, decode, mixed = self._config.roles
+        prefill, decode, mixed = self._config.split
         ssd = f", {self._config.ssd} SSD" if self._config.ssd_bytes else ""
         self.say(
             f"starting pool ({self._config.dram} DRAM{ssd}) and instances: {prefill} prefill, {decode} decode, {mixed} mixed"

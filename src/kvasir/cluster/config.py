@@ -78,9 +78,16 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
     slo_ttft: Annotated[str, _about("Objective for the time to first token.")] = "30s"
     slo_tbt: Annotated[str, _about("Objective for the time between tokens.")] = "100ms"
-    policy: Annotated[str, _about("Scheduler: mooncake, kvasir, local, least-loaded, ...; see docs/policies.md.")] = "mooncake"
+    policy: Annotated[str, _about("Scheduler: kvasir, mooncake, local, least-loaded, ...; see docs/policies.md.")] = "kvasir"
     admission: Annotated[
-        str | None, _about("Early rejection: off, slo, predictive, ... (default: the policy's; mooncake's is slo).")
+        str | None, _about("Early rejection: off, slo, predictive, ... (default: the policy's; kvasir's is predictive).")
+    ] = None
+    roles: Annotated[
+        str | None,
+        _about(
+            "static, or elastic: instances change roles as the load asks (default: the policy's; static on a CPU, where the"
+            " instances of a machine share its cores by priority)."
+        ),
     ] = None
     eviction: Annotated[
         str | None, _about("Which block goes when space is needed: lru, lfu, length-aware, cost-aware (default: the policy's).")
@@ -119,12 +126,17 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         _check(self)
 
     @property
-    def roles(self) -> tuple[int, int, int]:
+    def split(self) -> tuple[int, int, int]:
         """How many prefill, decode and mixed instances to start; 1 + 1 when nothing was said."""
         default = 0 if self.mixed else 1
         prefill = default if self.prefill is None else self.prefill
         decode = default if self.decode is None else self.decode
         return prefill, decode, self.mixed
+
+    @property
+    def role_rule(self) -> str | None:
+        """None: the policy's. On a CPU a prefill engine is started at the lowest priority, and stays there."""
+        return "static" if self.roles is None and self.device == "cpu" else self.roles
 
     @property
     def dram_bytes(self) -> int:
@@ -198,7 +210,7 @@ def _check(config: ServeConfig) -> None:
         if not ok:
             raise ConfigError(message)
 
-    prefill, decode, mixed = config.roles
+    prefill, decode, mixed = config.split
     for name, count in (("prefill", prefill), ("decode", decode), ("mixed", mixed)):
         require(0 <= count <= 64, f"--{name} must be between 0 and 64, got {count}")
     if config.join is None and config.listen_nodes is None:

@@ -25,6 +25,7 @@ from kvasir.engine.fake import FakeEngine
 from kvasir.engine.interface import Engine, ModelSpec
 from kvasir.scheduling.batcher import Batcher
 from kvasir.scheduling.chunking import BatcherConfig
+from kvasir.scheduling.strategy import LIVE_SHARE
 from kvasir.telemetry import logs
 
 BAD_SETUP_EXIT = 2
@@ -85,7 +86,7 @@ async def _load_engine(setup: InstanceSetup, on_progress: Callable[[float, str],
         setup.spec,
         device=setup.config.device,
         number=setup.number,
-        of=sum(setup.config.roles),
+        of=sum(setup.config.split),
         low_priority=setup.info.role is Role.PREFILL and setup.config.device == "cpu",
         on_progress=report,
     )
@@ -93,7 +94,7 @@ async def _load_engine(setup: InstanceSetup, on_progress: Callable[[float, str],
 
 def stash_pages(num_slots: int, config: ServeConfig) -> int:
     """How many pages an idle instance keeps in its hand: few enough that all hands together leave the pool usable."""
-    return min(32, num_slots // (8 * sum(config.roles)))
+    return min(32, num_slots // (8 * sum(config.split)))
 
 
 def _batcher_config(setup: InstanceSetup) -> BatcherConfig:
@@ -103,7 +104,7 @@ def _batcher_config(setup: InstanceSetup) -> BatcherConfig:
         max_batch=config.max_batch,
         max_step_tokens=config.chunk_tokens,
         stash_pages=stash_pages(setup.num_slots, config),
-        max_step_s=parse_duration(config.slo_tbt) / 2,
+        max_step_s=LIVE_SHARE * parse_duration(config.slo_tbt),
     )
 
 

@@ -81,7 +81,7 @@ class JoinedNode:
 
     async def _join(self) -> Welcome:
         """Ask until somebody answers."""
-        hello = HelloNode(self._spec, sum(self._config.roles))
+        hello = HelloNode(self._spec, sum(self._config.split))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(WELCOME_S):
                 while True:

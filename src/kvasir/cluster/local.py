@@ -39,7 +39,7 @@ def fit_to_pool(spec: ModelSpec, config: ServeConfig) -> ModelSpec:
     if num_slots < MIN_SLOTS:
         need = format_size(MIN_SLOTS * (spec.slot_bytes + PAGE_BYTES))
         raise ConfigError(f"--dram {config.dram} holds {num_slots} blocks of this model; give at least {need}")
-    usable = (num_slots - sum(config.roles) * stash_pages(num_slots, config)) * spec.block_tokens
+    usable = (num_slots - sum(config.split) * stash_pages(num_slots, config)) * spec.block_tokens
     if usable >= spec.max_model_len:
         return spec
     if config.max_model_len is not None:
@@ -101,7 +101,7 @@ class LocalCluster:
 
     async def ready(self, deadline_s: float) -> None:
         """Wait until every instance of this node has joined; what is missing then, other nodes bring. Raises ClusterError."""
-        wanted = sum(self._config.roles)
+        wanted = sum(self._config.split)
         try:
             async with asyncio.timeout(deadline_s):
                 while self._num_joined < wanted:

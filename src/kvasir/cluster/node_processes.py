@@ -98,7 +98,7 @@ class NodeProcesses:
 
     @property
     def num_instances(self) -> int:
-        return sum(self._setup.config.roles)
+        return sum(self._setup.config.split)
 
     async def start(self) -> None:
         await self._start_pool()
@@ -206,7 +206,7 @@ class NodeProcesses:
 
     def _instances(self) -> list[InstanceInfo]:
         setup, config = self._setup, self._setup.config
-        prefill, decode, mixed = config.roles
+        prefill, decode, mixed = config.split
         roles = [Role.PREFILL] * prefill + [Role.DECODE] * decode + [Role.MIXED] * mixed
         numbers: Counter[Role] = Counter()
         infos = []

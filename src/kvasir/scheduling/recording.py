@@ -19,7 +19,7 @@ from kvasir.core.request import Slo
 from kvasir.costs.fitted import FittedCost
 from kvasir.costs.roofline import RooflineCost
 from kvasir.scheduling.conductor import Conductor
-from kvasir.scheduling.placer import ConductorConfig
+from kvasir.scheduling.conductor_config import ConductorConfig
 from kvasir.scheduling.strategy import strategy
 
 ConductorEvent = (
@@ -53,15 +53,17 @@ class ConductorSetup(Struct, frozen=True, tag=True):
 
     policy: str
     admission: str | None
+    roles: str | None
+    chunk_tokens: int
     config: ConductorConfig
     costs: FittedCost | RooflineCost
     slo: Slo
     seed: int
 
     def make(self) -> Conductor:
-        """A fresh one. Raises ConfigError for a policy or an admission rule that is not known."""
-        scheduler = strategy(self.policy).with_parts(admission=self.admission)
-        return scheduler.conductor(self.config, self.costs, self.slo, Random(self.seed))
+        """A fresh one. Raises ConfigError for a policy or a part that is not known."""
+        scheduler = strategy(self.policy).with_parts(admission=self.admission, roles=self.roles)
+        return scheduler.live(self.chunk_tokens).conductor(self.config, self.costs, self.slo, Random(self.seed))
 
 
 class Brain(Protocol):

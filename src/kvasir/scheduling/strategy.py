@@ -16,8 +16,9 @@ from kvasir.scheduling.admission import ADMISSIONS
 from kvasir.scheduling.batcher import Batcher
 from kvasir.scheduling.chunking import BatcherConfig
 from kvasir.scheduling.conductor import Conductor
+from kvasir.scheduling.conductor_config import ConductorConfig
 from kvasir.scheduling.decode_choice import DECODE_RULES
-from kvasir.scheduling.placer import ConductorConfig, Rules
+from kvasir.scheduling.placer import Rules
 from kvasir.scheduling.policies import POLICIES
 from kvasir.scheduling.ranks import RANKS
 from kvasir.scheduling.replication import REPLICATIONS
@@ -25,6 +26,9 @@ from kvasir.scheduling.roles import ROLES
 
 WHOLE = 1 << 20
 """A chunk that holds any prompt."""
+
+LIVE_SHARE = 0.5
+"""Of the TBT objective, what a step of an engine is predicted to take at most that prefills beside decoding sequences."""
 
 PACK_TOKENS = 512
 """A prefill of so many tokens uses an accelerator fully: batching another prompt with it saves nothing."""
@@ -60,6 +64,10 @@ class Strategy:
             if name not in PARTS[part]:
                 raise ConfigError(f"unknown {part} {name!r}; known are {', '.join(PARTS[part])}")
         return replace(self, **chosen)  # type: ignore[arg-type]
+
+    def live(self, chunk_tokens: int) -> Strategy:
+        """As `kvasir serve` runs it: an engine's prefill goes in chunks of at most `chunk_tokens`, in steps of LIVE_SHARE."""
+        return replace(self, chunk_tokens=min(self.chunk_tokens, chunk_tokens), step_share=LIVE_SHARE)
 
     def conductor(self, config: ConductorConfig, costs: CostModel, slo: Slo | ScaledSlo, rng: Random) -> Conductor:
         """`config` says what the cluster is; how it is used is the strategy's."""
