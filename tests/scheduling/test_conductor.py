@@ -130,7 +130,7 @@ def test_predictions_follow_what_the_instances_measure() -> None:
     cluster.arrive("before", now=0.0)
     cluster(Heartbeat("p0", 1, InstanceLoad(waiting_tokens=1000, prefill_scale=5.0)), 0.0)
     cluster(Heartbeat("p1", 1, InstanceLoad(prefill_scale=1.0)), 0.0)
-    cluster(Heartbeat("d0", 1, InstanceLoad(decode_scale=2.0)), 0.0)  # d1 has not measured anything
+    cluster(Heartbeat("d0", 1, InstanceLoad(decode_scale=2.0, prefill_scale=50.0)), 0.0)  # d1 has not measured anything
     cluster(Tick(), 0.0)
     placed = cluster.arrive("r")
     assert placed.instance == "p1"

@@ -14,6 +14,7 @@ from kvasir.cluster.instance import InstanceBody
 from kvasir.cluster.lifeline import child_config, run_child
 from kvasir.cluster.messages import FromInstance, Progress, ToInstance
 from kvasir.cluster.pool_client import open_pool
+from kvasir.cluster.warm_up import warm_up
 from kvasir.cluster.wire import ZmqChannel
 from kvasir.core.errors import ConfigError, KvasirError, ModelError, root_cause
 from kvasir.core.events import InstanceInfo
@@ -55,6 +56,8 @@ async def run_instance(setup: InstanceSetup) -> None:
         async with open_pool(setup.pool_address, info.id, info.epoch) as pool:
             engine.attach(await pool.join())
             batcher = Batcher(_batcher_config(setup), setup.costs)
+            channel.send(Progress(info.id, 1.0, "warming up"))
+            await warm_up(engine, pool, batcher, chunk_tokens=setup.config.chunk_tokens, max_batch=setup.config.max_batch)
             max_gap_s = parse_duration(setup.config.slo_tbt) / 2
             body = InstanceBody(
                 info,

@@ -13,9 +13,6 @@ MEMORY_S: Final = 5.0
 TRUST_S: Final = 0.002
 """The model's own word counts as so many measured seconds."""
 
-LEAST_S: Final = 0.05
-"""A phase with less measured work than this has no scale yet."""
-
 OUTLIER: Final = 4.0
 """A step counts as at most so many times what was expected of it: one that stood still says nothing of the next."""
 
@@ -30,22 +27,21 @@ class Calibration:
     measured over predicted.
     """
 
-    __slots__ = ("_both", "_costs", "_decode", "_decode_seen", "_decode_seen_s", "_prefill", "_prefill_seen", "_prefill_seen_s")
+    __slots__ = ("_both", "_costs", "_decode", "_decode_seen", "_prefill", "_prefill_seen")
 
     def __init__(self, costs: QuickCosts):
         self._costs = costs
         self._prefill = self._both = self._decode = 0.0  # the sums of the normal equations: their matrix,
         self._prefill_seen = self._decode_seen = 0.0  # and their right side
-        self._prefill_seen_s = self._decode_seen_s = 0.0
 
     @property
     def prefill_scale(self) -> float | None:
-        """Measured over predicted seconds; None while too little was measured."""
-        return round(self._costs.prefill_scale, 2) if self._prefill_seen_s >= LEAST_S else None
+        """Measured over predicted seconds; None before the first."""
+        return round(self._costs.prefill_scale, 2) if self._prefill else None
 
     @property
     def decode_scale(self) -> float | None:
-        return round(self._costs.decode_scale, 2) if self._decode_seen_s >= LEAST_S else None
+        return round(self._costs.decode_scale, 2) if self._decode else None
 
     def saw(self, prefill_s: float, decode_s: float, seconds: float) -> None:
         """A step took `seconds`; the scaled costs said `prefill_s` for its chunks and `decode_s` for its decode batch."""
@@ -53,8 +49,6 @@ class Calibration:
         if not expected_s > 0.0 or not 0.0 < seconds < math.inf:
             return
         seconds = min(max(seconds, expected_s / OUTLIER), expected_s * OUTLIER)
-        self._prefill_seen_s += seconds * prefill_s / expected_s
-        self._decode_seen_s += seconds * decode_s / expected_s
         prefill, decode = prefill_s / self._costs.prefill_scale, decode_s / self._costs.decode_scale
         predicted_s = prefill + decode
         prefill, decode, ratio = prefill / predicted_s, decode / predicted_s, seconds / predicted_s

@@ -22,7 +22,7 @@ from kvasir.core.errors import InvariantError
 from kvasir.core.events import Cancelled, Event, Extended, InstanceLoad, PagesGranted, StepDone, Submitted, Tick
 from kvasir.costs.calibration import Calibration
 from kvasir.costs.model import CostModel
-from kvasir.costs.quick import QuickCosts, quick
+from kvasir.costs.quick import quick
 from kvasir.scheduling.batcher_check import check_decodes, check_pages, check_queues, check_step
 from kvasir.scheduling.chunking import BatcherConfig
 from kvasir.scheduling.decode_set import DecodeSet
@@ -57,7 +57,7 @@ class Batcher:
         self._queues = Queues(self._decodes)
         self._stash: list[int] = []
         self._costs = quick(costs) if costs is not None else None
-        self._calibration: Calibration | None = None  # from the first measured step on
+        self._calibration = Calibration(self._costs) if self._costs is not None else None
         self._former = StepFormer(config, self._costs, self._queues, self._stash)
         self._step: Step | None = None  # in flight, `_repeats` times at most: all of `_decodes`, and
         self._repeats = 1
@@ -116,6 +116,13 @@ class Batcher:
             decode_scale=self._calibration.decode_scale if self._calibration is not None else None,
         )
 
+    def saw(self, chunks: list[tuple[int, int]], batch: int, context_tokens: int, seconds: float) -> None:
+        """The engine took `seconds` for prefill `chunks` of (new tokens, cached tokens) and a token for each of a `batch`."""
+        costs, calibration = self._costs, self._calibration
+        if costs is not None and calibration is not None:
+            prefill_s = sum([costs.prefill_s(new_tokens, cached_tokens) for new_tokens, cached_tokens in chunks], 0.0)
+            calibration.saw(prefill_s, costs.decode_step_s(batch, context_tokens), seconds)
+
     def check(self) -> None:
         """Raises InvariantError unless every page is in exactly one place and the queues agree with each other."""
         check_decodes(self._decodes, self._config)
@@ -156,8 +163,9 @@ class Batcher:
         passes, finished = event.steps, frozenset(event.finished) if event.finished else _NOBODY
         if not (1 if self._prompts or finished else 0) <= passes <= self._repeats:
             raise InvariantError(f"a step of {step.repeats} passes was in flight, got {event}")
-        if event.seconds is not None and self._costs is not None:
-            self._measured(step, self._costs, event.seconds)
+        if event.seconds is not None:
+            chunks = [(seq.in_flight, seq.num_computed) for seq in self._prompts]
+            self.saw(chunks, step.batch, step.context_tokens, event.seconds)
         self._step = None
         touched = self._decodes.advance(passes)
         if finished or self._leaving:
@@ -175,13 +183,6 @@ class Batcher:
             seq.num_computed += seq.in_flight
             seq.in_flight = 0
             self._computed(seq, seq.id in finished, commands)
-
-    def _measured(self, step: Step, costs: QuickCosts, seconds: float) -> None:
-        """What a pass of `step` took; all of its prompts are in flight still."""
-        if self._calibration is None:
-            self._calibration = Calibration(costs)
-        prefill_s = sum([seq.share * costs.prefill_s(seq.in_flight, seq.num_computed) for seq in self._prompts], 0.0)
-        self._calibration.saw(prefill_s, costs.decode_step_s(step.batch, step.context_tokens), seconds)
 
     def _with_leavers(self, due: list[Sequence], finished: frozenset[str]) -> list[Sequence]:
         """`due`, and the decodes that end before they are due."""

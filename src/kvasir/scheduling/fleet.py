@@ -249,10 +249,9 @@ class Fleet:
             self._booked(known)
 
     def calibrate(self) -> None:
-        """Predict as steps were measured, by the mean of the instances' scales; a phase that nobody measured stays as it is."""
-        loads = [known.load for known in self._rows]
-        prefill = [load.prefill_scale for load in loads if load.prefill_scale is not None]
-        decode = [load.decode_scale for load in loads if load.decode_scale is not None]
+        """Predict as steps were measured: by the mean of those that have the phase. What nobody measured stays as it is."""
+        prefill = [scale for known in self._prefillers if (scale := known.load.prefill_scale) is not None]
+        decode = [scale for known in self._decoders if (scale := known.load.decode_scale) is not None]
         if not prefill and not decode:
             return
         costs = self._costs
