@@ -11,13 +11,14 @@ from pathlib import Path
 from kvasir.native.load import SOURCES, built_folder
 
 MODULES = {
+    "core": "batcher_commands",
     "costs": "quick",
     "pool": "cost_aware directory eviction ghosts leases match node reuse runs slots ssd story",
     "scheduling": "admission batcher book chunking columns conductor decode_choice decode_set few fleet instance many placed"
     " placer plan queues ranks replication roles sequence step_former",
     "scheduling/policies": "best choice dynamo kvasir mooncake",
     "store/messenger": "fair_queue spans tcp_channel tcp_path tcp_server tcp_transfer tcp_wire",
-    "simulator": "agenda cores decoding gaps hot hub instance jobs memory network node prompts record_book simulation",
+    "simulator": "agenda cores decoding gaps hot hub instance jobs listener memory network node prompts record_book simulation",
 }
 """What runs for every request. It must not define Structs, which mypyc does not know, nor what goes to other processes."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from kvasir.core.commands import Chunk
+from kvasir.core.batcher_commands import Chunk
 from kvasir.costs.quick import QuickCosts
 from kvasir.scheduling.chunking import BatcherConfig, ChunkBudget
 from kvasir.scheduling.queues import Queues

@@ -30,13 +30,14 @@ from kvasir.simulator.gaps import tbt_s
 from kvasir.simulator.hot import HotBlocks
 from kvasir.simulator.instance import SimInstance
 from kvasir.simulator.jobs import Attempt, Job, Seq
+from kvasir.simulator.listener import Listener
 from kvasir.simulator.network import Flow, Network, Pipes
 from kvasir.simulator.node import MESSENGER, SimNode
 from kvasir.simulator.record_book import RecordBook
 
 
-class SimHub:
-    """Carries the Conductor's commands out and hears the instances (`Listener`)."""
+class SimHub(Listener):
+    """Carries the Conductor's commands out and hears the instances."""
 
     def __init__(
         self,
