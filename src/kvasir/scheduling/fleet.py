@@ -9,7 +9,7 @@ import numpy as np
 from msgspec import structs
 
 from kvasir.core.errors import InvariantError
-from kvasir.core.events import InstanceInfo, InstanceLoad
+from kvasir.core.events import InstanceInfo
 from kvasir.costs.model import CostModel
 from kvasir.costs.quick import quick
 from kvasir.pool.match import PrefixMatch
@@ -239,13 +239,10 @@ class Fleet:
             known.book.left(request_id, now)
             self._booked(known)
 
-    def reported(self, instance: str, load: InstanceLoad, *, settle_s: float, now: float) -> None:
+    def reported(self, known: Instance, waiting_tokens: int, *, settle_s: float, now: float) -> None:
         """The instance's own account of its queues."""
-        known = self._by_id[instance]
-        known.load = load
-        known.heartbeat_s = now
         if len(known.book):
-            known.book.reported(load.waiting_tokens, sent_before_s=now - settle_s, now=now)
+            known.book.reported(waiting_tokens, sent_before_s=now - settle_s, now=now)
             self._booked(known)
 
     def expire(self, *, sent_before_s: float, now: float) -> int:

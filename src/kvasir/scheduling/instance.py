@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvasir.core.events import InstanceInfo, InstanceLoad
+from kvasir.core.events import InstanceInfo
 from kvasir.scheduling.book import PrefillBook
 
 
@@ -46,17 +46,16 @@ class Taken:
 
 @dataclass(slots=True)
 class Instance:
-    """One instance: its own account in `load`, the conductor's in `book` (prefills) and `seats` (decodes)."""
+    """One instance and what it was given, in `book` (prefills) and `seats` (decodes)."""
 
     info: InstanceInfo
-    load: InstanceLoad = field(default_factory=InstanceLoad)
-    heartbeat_s: float | None = None
     book: PrefillBook = field(default_factory=PrefillBook)
     seats: dict[str, Seat] = field(default_factory=dict)
     context_tokens: int = 0
     kv_tokens: int = 0
     taken: Taken = field(default_factory=Taken)
     id: str = ""
+    epoch: int = 0
     node: str = ""
     max_batch: int = 0
     max_kv_tokens: int = 0
@@ -69,5 +68,6 @@ class Instance:
     def introduce(self, info: InstanceInfo) -> None:
         """It is this now. What is asked for in each decision is at hand without a look into `info`."""
         self.info = info
-        self.id, self.node, self.max_batch, self.max_kv_tokens = info.id, info.node, info.max_batch, info.kv_tokens
+        self.id, self.epoch, self.node = info.id, info.epoch, info.node
+        self.max_batch, self.max_kv_tokens = info.max_batch, info.kv_tokens
         self.can_prefill, self.can_decode = info.role.can_prefill, info.role.can_decode

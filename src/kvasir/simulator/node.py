@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from kvasir.core.events import BlocksRemoved, BlocksStored, Event, Inventory
+from kvasir.core.events import Inventory
 from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import (
     Erase,
@@ -30,6 +30,7 @@ from kvasir.core.pool_events import (
 from kvasir.core.tier import Tier
 from kvasir.pool.node import PoolNode
 from kvasir.simulator.agenda import Agenda
+from kvasir.simulator.listener import Listener
 from kvasir.simulator.network import Flow, Network, Pipe
 from kvasir.simulator.spec import NodeSpec
 
@@ -53,7 +54,7 @@ class SimNode:
         block_bytes: float,
         agenda: Agenda,
         network: Network,
-        tell: Callable[[Event], None],
+        listener: Listener,
     ):
         self.spec = spec
         self.id = spec.id
@@ -66,7 +67,7 @@ class SimNode:
         self.ssd_in = Pipe(spec.ssd_write_bandwidth)
         self._make_pool = make_pool
         self._agenda = agenda
-        self._tell = tell
+        self._listener = listener
         self._seq = 0
         self.start()
 
@@ -99,11 +100,11 @@ class SimNode:
 
     def _stored(self, said: Stored) -> None:
         self._seq += 1
-        self._tell(BlocksStored(self.id, self._seq, said.keys, said.tier))
+        self._listener.blocks_stored(self.id, self._seq, said.keys, said.tier)
 
     def _removed(self, said: Removed) -> None:
         self._seq += 1
-        self._tell(BlocksRemoved(self.id, self._seq, said.keys, said.tier))
+        self._listener.blocks_removed(self.id, self._seq, said.keys, said.tier)
 
     def _erase(self, said: Erase) -> None:
         for ssd_slot in said.ssd_slots:
