@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from kvasir.costs.model import CostModel
+from kvasir.costs.quick import quick
 from kvasir.pool.eviction import Block
 from kvasir.pool.ghosts import Ghosts
 from kvasir.pool.reuse import MAX_CLASS, SAMPLE, ReuseRates
@@ -38,7 +39,8 @@ _FIRST_OF_MANY: Final = COST_CLASSES * MAX_CLASS
 
 def block_seconds(costs: CostModel, block_tokens: int) -> BlockSeconds:
     """As the cost model predicts it for blocks of `block_tokens`."""
-    return lambda depth: costs.prefill_s(block_tokens, depth * block_tokens)
+    known = quick(costs)
+    return lambda depth: known.prefill_s(block_tokens, depth * block_tokens)
 
 
 class CostAware:
@@ -68,11 +70,14 @@ class CostAware:
             if not block.is_known:
                 self._meet(block, now)
         run: Run | None = None
+        class_, uses, deepest = 0, 0, 0
         for block in blocks:
-            class_ = self._class_of(block)
-            if run is None or run.class_ != class_:
-                run = Run(class_, now)
-                self._classes[class_].append(run)
+            if run is None or block.uses + block.past_uses != uses or block.deepest != deepest:  # mostly as the one before
+                uses, deepest = block.uses + block.past_uses, block.deepest
+                class_ = self._class_of(uses, deepest)
+                if run is None or run.class_ != class_:
+                    run = Run(class_, now)
+                    self._classes[class_].append(run)
             run.blocks.append(block)
             block.run = run
             if block.is_watched:
@@ -136,11 +141,10 @@ class CostAware:
         assert best is not None, "whoever asks knows of idle blocks"
         return best
 
-    def _class_of(self, block: Block) -> int:
-        if block.deepest >= len(self._class_of_depth):
-            self._reach(block.deepest)
-        uses = block.past_uses + block.uses
-        return (COST_CLASSES * uses.bit_length() if uses < _MANY_USES else _FIRST_OF_MANY) + self._class_of_depth[block.deepest]
+    def _class_of(self, uses: int, deepest: int) -> int:
+        if deepest >= len(self._class_of_depth):
+            self._reach(deepest)
+        return (COST_CLASSES * uses.bit_length() if uses < _MANY_USES else _FIRST_OF_MANY) + self._class_of_depth[deepest]
 
     def _meet(self, block: Block, now: float) -> None:
         """It is idle for the first time in its slot."""
@@ -157,7 +161,7 @@ class CostAware:
 
     def _reach(self, depth: int) -> None:
         """Work out the classes of costs of all depths up to this one."""
-        known = self._class_of_depth
+        known, first_s = self._class_of_depth, self._seconds(0)
         while len(known) <= depth:
-            ratio = self._seconds(len(known)) / self._seconds(0)
+            ratio = self._seconds(len(known)) / first_s
             known.append(min(COST_CLASSES - 1, max(known[-1] if known else 0, int(2 * math.log2(max(1.0, ratio))))))
