@@ -190,10 +190,12 @@ class Fleet:
 
     def _long_run_s(self, batch: int, context_tokens: int, least_s: float) -> float:
         step_s = max(least_s, self._fixed_s)
-        for _ in range(ROUNDS):
+        for _round in range(ROUNDS):  # `_` would be an object
             share = self._decode_share(self.answer_tokens * step_s)
             batch_then, context_then = _rounded(share * batch), _rounded(share * context_tokens)
-            next_s = self._costs.decode_step_s(max(1, batch_then), context_then)
+            if batch_then < 1:
+                batch_then = 1
+            next_s = self._costs.decode_step_s(batch_then, context_then)
             if next_s < least_s:
                 next_s = least_s
             if next_s == step_s:

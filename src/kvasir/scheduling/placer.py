@@ -119,6 +119,7 @@ class Placer:
         "_costs",
         "_directory",
         "_expected_tokens",
+        "_few",
         "_fleet",
         "_num_outputs",
         "_of_few",
@@ -149,6 +150,16 @@ class Placer:
         rule_of_few = RULES_OF_FEW.get(rules.decode)
         self._of_few = rules.policy if rule_of_few is not None and isinstance(rules.policy, PlacementOfFew) else None
         self._rule_of_few = rule_of_few if rule_of_few is not None else least_tbt_of_few
+        self._few = FewView(
+            fleet,
+            tbt_s=slo.tbt_s,
+            costs=self._costs,
+            kv_bytes_per_token=config.kv_bytes_per_token,
+            block_tokens=config.block_tokens,
+            chunk_tokens=config.chunk_tokens,
+            layerwise=config.layerwise,
+            max_stages=config.max_stages,
+        )
         rule_of_many = RULES_OF_MANY.get(rules.decode)
         self._rule_of_many = partial(rule_of_many, fleet) if rule_of_many is not None else rules.decode
         self._rng = rng
@@ -185,7 +196,8 @@ class Placer:
         rank = self._rank(request, due_s, now)
         match = self._match(request)
         if self._of_few is not None and not avoid and len(self._fleet) <= FEW and self._is_plain(match):
-            few = self._few(request, match, now, rank, due_s)
+            few = self._few
+            few.look(match, num_prompt_tokens=request.num_prompt_tokens, now=now, rank=rank, due_s=due_s)
             choice = self._of_few.place_few(few)
             if choice is not None:
                 return self._proposal(request, few, self._rule_of_few, choice, now, rank=rank, due_s=due_s)
@@ -281,24 +293,6 @@ class Placer:
     def _is_plain(self, match: PrefixMatch) -> bool:
         """Whether there is nothing to load from an SSD."""
         return not self._config.load_bandwidth or match.runs_any == match.runs
-
-    def _few(self, request: Request, match: PrefixMatch, now: float, rank: float, due_s: float) -> FewView:
-        config = self._config
-        return FewView(
-            self._fleet,
-            match,
-            num_prompt_tokens=request.num_prompt_tokens,
-            now=now,
-            rank=rank,
-            due_s=due_s,
-            tbt_s=self._slo.tbt_s,
-            costs=self._costs,
-            kv_bytes_per_token=config.kv_bytes_per_token,
-            block_tokens=config.block_tokens,
-            chunk_tokens=config.chunk_tokens,
-            layerwise=config.layerwise,
-            max_stages=config.max_stages,
-        )
 
     def _view(
         self, request: Request, match: PrefixMatch, now: float, avoid: frozenset[str], rank: float, due_s: float
