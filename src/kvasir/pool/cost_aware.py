@@ -28,10 +28,6 @@ BlockSeconds = Callable[[int], float]
 COST_CLASSES: Final = 8
 """Half octaves of recompute seconds that are told apart, from the first block's on."""
 
-_NUM_CLASSES: Final = (MAX_CLASS + 1) * COST_CLASSES
-_USES_CLASS: Final = tuple(c // COST_CLASSES for c in range(_NUM_CLASSES))
-_RELATIVE_COST: Final[tuple[float, ...]] = tuple(2 ** (c % COST_CLASSES / 2) for c in range(_NUM_CLASSES))
-
 _MANY_USES: Final = 1 << MAX_CLASS - 1
 _FIRST_OF_MANY: Final = COST_CLASSES * MAX_CLASS
 """The class of least costs of blocks with so many uses."""
@@ -52,7 +48,7 @@ class CostAware:
         self._seconds = seconds
         self._rates = ReuseRates()
         self._ghosts: Ghosts[int] = Ghosts()
-        self._classes = [RunQueue() for _ in range(_NUM_CLASSES)]
+        self._classes = [RunQueue(uses, 2 ** (cost / 2)) for uses in range(MAX_CLASS + 1) for cost in range(COST_CLASSES)]
         self._class_of_depth: list[int] = []
         self._num_known = 0
         self._len = 0
@@ -131,12 +127,18 @@ class CostAware:
         return gone
 
     def _least_worth(self, now: float) -> Run:
-        """Which run goes next; there must be one."""
+        """Which run goes next; there must be one.
+
+        A class is worth, by its oldest run, seconds saved per second, relative to the first block's.
+        """
         best: Run | None = None
         least = 0.0
         for runs in self._classes:
             run = runs.first
-            if run is not None and ((worth := self._worth(run, now)) < least or best is None):
+            if run is None:
+                continue
+            worth = self._rates.rate(runs.uses_class, now - run.since_s) * runs.relative_cost
+            if best is None or worth < least:
                 best, least = run, worth
         assert best is not None, "whoever asks knows of idle blocks"
         return best
@@ -154,10 +156,6 @@ class CostAware:
         if block.key[0] % SAMPLE == 0:
             block.is_watched = True
             self._rates.used(block.key, now)
-
-    def _worth(self, run: Run, now: float) -> float:
-        """Of a class, by its oldest run: seconds saved per second, relative to the first block's."""
-        return self._rates.rate(_USES_CLASS[run.class_], now - run.since_s) * _RELATIVE_COST[run.class_]
 
     def _reach(self, depth: int) -> None:
         """Work out the classes of costs of all depths up to this one."""
