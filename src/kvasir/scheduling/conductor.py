@@ -21,7 +21,7 @@ from kvasir.report.slo import ScaledSlo
 from kvasir.scheduling.cores import CoreSharing
 from kvasir.scheduling.decode_choice import DecodeChoice
 from kvasir.scheduling.fleet import Fleet
-from kvasir.scheduling.instance import Instance, Seat
+from kvasir.scheduling.instance import Instance
 from kvasir.scheduling.placed import Homeless, Placed, State
 from kvasir.scheduling.placer import ConductorConfig, Placer, Proposal, Rules
 from kvasir.scheduling.plan import Refusal
@@ -311,11 +311,10 @@ class Conductor:
         return Prefill(request_id, prefill, decode.instance, chosen, proposal.decision, proposal.rank)
 
     def _sit(self, placed: Placed, decode: DecodeChoice, joins_s: float, now: float) -> None:
-        request, placer = placed.request, self._placer
+        request = placed.request
         placed.decode = decode.instance
         stays_s = self._fleet.stays_s(self._fleet[decode.instance])
-        seat = Seat(placer.context_tokens(request), placer.kv_tokens(request), joins_s, stays_s)
-        self._fleet.sit(decode.instance, request.id, seat, now)
+        self._fleet.sit(decode.instance, request.id, self._placer.seat(request, joins_s, stays_s), now)
 
     def _prefill_over(self, placed: Placed, now: float) -> None:
         self._num_prefilling -= 1

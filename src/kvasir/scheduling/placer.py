@@ -23,6 +23,7 @@ from kvasir.scheduling.admission import MIN_RETRY_S, Admission, ttft_limit_s
 from kvasir.scheduling.decode_choice import DecodeChoice, DecodeRule, least_tbt
 from kvasir.scheduling.few import FEW, RULES_OF_FEW, FewView, least_tbt_of_few
 from kvasir.scheduling.fleet import Fleet
+from kvasir.scheduling.instance import Seat
 from kvasir.scheduling.many import RULES_OF_MANY
 from kvasir.scheduling.plan import Plan, Refusal
 from kvasir.scheduling.policies.choice import Choice
@@ -251,7 +252,7 @@ class Placer:
         """An answer had so many tokens."""
         self._num_outputs = min(self._num_outputs + 1, MEMORY)
         self._output_tokens += (output_tokens - self._output_tokens) / self._num_outputs
-        self._expected_tokens = max(1, round(self._output_tokens))
+        self._expected_tokens = max(1, _nearest(self._output_tokens))
         self._fleet.answer_tokens = self._output_tokens
 
     def expected_output(self, request: Request) -> int:
@@ -261,9 +262,11 @@ class Placer:
         """What the request is expected to hold at its end."""
         return request.num_prompt_tokens + self.expected_output(request)
 
-    def context_tokens(self, request: Request) -> int:
-        """What its decode steps are expected to read, on average over its stay."""
-        return request.num_prompt_tokens + self.expected_output(request) // 2
+    def seat(self, request: Request, joins_s: float, stays_s: float) -> Seat:
+        """Its decode steps are expected to read the prompt and half of the output, on average over its stay."""
+        prompt: int = request.num_prompt_tokens
+        output = self.expected_output(request)
+        return Seat(prompt + output // 2, prompt + output, joins_s, stays_s)
 
     def _foresee(self, ttft_s: float) -> None:
         """A placement predicts this TTFT: keep the mean of the last ones."""
@@ -328,3 +331,10 @@ class Placer:
             batch=decode.batch,
             has_room=decode.fits,
         )
+
+
+def _nearest(number: float) -> int:
+    """As `round`, for a number that is not negative: that takes twenty times as long."""
+    whole = int(number)
+    rest = number - whole
+    return whole + 1 if rest > 0.5 or (rest == 0.5 and whole % 2) else whole
