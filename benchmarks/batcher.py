@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from kvasir.core.commands import NeedPages, Release, Step
+from kvasir.core.batcher_commands import NeedPages, Release, Step
 from kvasir.core.events import Event, PagesGranted, StepDone, Submitted
 from kvasir.scheduling.batcher import Batcher
 from kvasir.scheduling.chunking import BatcherConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Sequence
 from random import Random
 
 import msgspec
@@ -11,7 +12,7 @@ import pytest
 
 from kvasir.cluster.hub import Hub
 from kvasir.cluster.service import Rejected, Submission
-from kvasir.core.commands import Cancel, Command, Prefill, Reject, ShareCores
+from kvasir.core.commands import Cancel, Prefill, Reject, ShareCores
 from kvasir.core.errors import ConfigError
 from kvasir.core.events import Aborted, Event, InstanceInfo, InstanceLost
 from kvasir.core.request import Role, Slo
@@ -20,7 +21,7 @@ from kvasir.scheduling.batcher import Batcher
 from kvasir.scheduling.chunking import BatcherConfig
 from kvasir.scheduling.conductor import Conductor
 from kvasir.scheduling.conductor_config import ConductorConfig
-from kvasir.scheduling.recording import ConductorSetup, Recorded, heard, line_of, read_recording, replay
+from kvasir.scheduling.recording import ConductorSetup, Recorded, Said, heard, line_of, read_recording, replay
 from kvasir.workload.content import BlockContent
 from tests.cluster.harness import BLOCK, COSTS, SHAPE, SPEC, Brains, answer, cluster, submission
 from tests.cluster.virtual_time import run_virtual
@@ -47,7 +48,7 @@ class Ears:
 
     def __init__(self) -> None:
         self.lines = [line_of(SETUP)]
-        self.said: dict[str, list[list[Command]]] = defaultdict(list)
+        self.said: dict[str, list[Sequence[Said]]] = defaultdict(list)
         self._epochs: dict[str, int] = {}
 
     def hear(self, name: str, event: Event, now: float) -> None:
@@ -70,11 +71,11 @@ class Ears:
     def _overhear(self, name: str, brain: Conductor | Batcher) -> None:
         said, handle = self.said[name], brain.handle
 
-        def spoken(event: Event, now: float) -> list[Command]:
+        def spoken(event: Event, now: float) -> Sequence[Said]:
             said.append(handle(event, now))
             return said[-1]
 
-        brain.handle = spoken  # type: ignore[method-assign]
+        brain.handle = spoken  # type: ignore[method-assign, assignment]
 
 
 async def live_run(ears: Ears) -> None:

@@ -21,7 +21,6 @@ from kvasir.core.pool_events import (
     OwnerLost,
     PoolAnswer,
     PoolTick,
-    PutBlocks,
     PutEnd,
     PutRevoke,
     PutStart,
@@ -62,8 +61,10 @@ class Hand:
         keyed = tuple(KeyedSlot(name.encode() * 16, slot) for name, slot in blocks.items())
         return self.node.handle(PutEnd(self.owner, self.epoch, lease, keyed), 0.0)
 
-    def put_at_once(self, lease: str, *keys: bytes) -> list[PoolAnswer]:
-        return self.node.handle(PutBlocks(self.owner, self.epoch, lease, keys), 0.0)
+    def put_at_once(self, lease: str, *keys: bytes) -> tuple[tuple[int, ...], list[PoolAnswer]]:
+        put = self.node.put_blocks(self.owner, self.epoch, lease, keys, 0.0)
+        stored = [Stored(put.stored)] if put.stored else []
+        return put.slots, [*put.before, *stored, *put.after]
 
     def revoke(self, *slots: int) -> list[PoolAnswer]:
         return self.node.handle(PutRevoke(self.owner, self.epoch, slots), 0.0)
@@ -381,11 +382,11 @@ def test_dropped_blocks_are_gone_unless_they_are_leased(node: PoolNode, p: Hand)
     assert refusal(node.handle(Clear("p", 0), 0.0)) == "stale_epoch"
 
 
-def test_blocks_put_at_once_are_reserved_and_published_by_one_event(node: PoolNode, p: Hand, d: Hand) -> None:
+def test_blocks_put_at_once_are_reserved_and_published_by_one_call(node: PoolNode, p: Hand, d: Hand) -> None:
     p.lease("x")
-    assert p.put_at_once("x", A, B) == [Reserved((0, 1)), Stored((A, B))]
+    assert p.put_at_once("x", A, B) == ((0, 1), [Stored((A, B))])
     d.lease("y")
-    assert d.put_at_once("y", A, C) == [Reserved((2, 3)), Stored((C,))]  # A is published already: its copy stays private
+    assert d.put_at_once("y", A, C) == ((2, 3), [Stored((C,))])  # A is published already: its copy stays private
     p.release("x")
     d.release("y")
     assert node.inventory() == (A, B, C)
@@ -395,10 +396,10 @@ def test_blocks_put_at_once_get_the_room_that_there_is(p: Hand, d: Hand) -> None
     p.lease("x")
     p.put_at_once("x", A, B, C)
     d.lease("y")
-    assert d.put_at_once("y", D, D[:8] + A[:8]) == [Reserved((3,)), Stored((D,))]
-    assert d.put_at_once("y", D[:8] + A[:8]) == [Reserved(())]
+    assert d.put_at_once("y", D, D[:8] + A[:8]) == ((3,), [Stored((D,))])
+    assert d.put_at_once("y", D[:8] + A[:8]) == ((), [])
     p.release("x")
-    assert d.put_at_once("y", D[:8] + A[:8]) == [Removed((C,), "evicted"), Reserved((2,)), Stored((D[:8] + A[:8],))]
+    assert d.put_at_once("y", D[:8] + A[:8]) == ((2,), [Removed((C,), "evicted"), Stored((D[:8] + A[:8],))])
 
 
 @pytest.mark.parametrize("policy", EVICTIONS)
@@ -406,7 +407,7 @@ def test_a_block_named_twice_is_put_once(policy: str) -> None:
     node = PoolNode(4, EVICTIONS[policy](lambda depth: 1.0 + depth))
     p = Hand(node, "p")
     p.lease("x")
-    assert p.put_at_once("x", A, A, B) == [Reserved((0, 1, 2)), Stored((A, B))]
+    assert p.put_at_once("x", A, A, B) == ((0, 1, 2), [Stored((A, B))])
     p.release("x")
     node.check()
     p.lease("y", A, B)
@@ -417,4 +418,4 @@ def test_a_block_named_twice_is_put_once(policy: str) -> None:
 
 def test_nothing_is_put_at_once_under_the_lease_of_another(p: Hand, d: Hand) -> None:
     p.lease("x")
-    assert refusal(d.put_at_once("x", A)) == "unknown_lease"
+    assert refusal(d.put_at_once("x", A)[1]) == "unknown_lease"

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from kvasir.core.commands import (
+from kvasir.core.batcher_commands import (
+    BatcherCommand,
     Chunk,
-    Command,
     HandOff,
     NeedPages,
     Preempt,
@@ -35,7 +35,7 @@ class Body:
         self.next_page = 0
         self.left = pages
 
-    def __call__(self, event: Event, now: float = 0.0) -> list[Command]:
+    def __call__(self, event: Event, now: float = 0.0) -> list[BatcherCommand]:
         commands = self.batcher.handle(event, now)
         for need in [c for c in commands if isinstance(c, NeedPages)] if self.left else []:
             count = min(need.count, self.left)
@@ -74,7 +74,7 @@ def prompt(name: str, tokens: int, *, output: int = 8, hand_off: bool = False, p
     return Submitted(name, tokens, 0, tokens + output, (), hand_off, priority)
 
 
-def step_of(commands: Sequence[Command]) -> Step:
+def step_of(commands: Sequence[BatcherCommand]) -> Step:
     (step,) = [c for c in commands if isinstance(c, Step)]
     return step
 
@@ -323,9 +323,9 @@ def test_a_repeated_step_may_end_early_and_then_goes_on_from_there() -> None:
 def test_more_passes_than_the_step_had_or_none_of_a_prompt_are_refused() -> None:
     body = repeating()
     body(prompt("a", 3))
-    with pytest.raises(InvariantError, match="a step of 1 passes"):
+    with pytest.raises(InvariantError, match="a step of at most 1 passes"):
         body.batcher.handle(StepDone(steps=0), 0.0)
-    with pytest.raises(InvariantError, match="a step of 1 passes"):
+    with pytest.raises(InvariantError, match="a step of at most 1 passes"):
         body.batcher.handle(StepDone(steps=2), 0.0)
 
 
@@ -543,7 +543,7 @@ def test_nobody_is_preempted_twice_in_one_shortage() -> None:
 
 def test_what_no_correct_body_sends_is_refused() -> None:
     body = Body(pages=9)
-    with pytest.raises(InvariantError, match="without a step"):
+    with pytest.raises(InvariantError, match="none was in flight"):
         body(StepDone())
     body(prompt("a", 4))
     with pytest.raises(InvariantError, match="twice"):
@@ -560,7 +560,7 @@ def test_a_full_decode_batch_must_leave_room_for_prefill_in_a_step() -> None:
 
 
 def test_the_same_events_give_the_same_commands() -> None:
-    def run() -> list[Command]:
+    def run() -> list[BatcherCommand]:
         body = Body(pages=12)
         commands = body(prompt("a", 20)) + body(prompt("b", 7, hand_off=True)) + body(Cancelled("x"))
         for _ in range(12):

@@ -8,7 +8,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvasir.core.commands import Chunk, Command, HandOff, NeedPages, Preempt, Publish, Release, ReturnPages, Starved, Step
+from kvasir.core.batcher_commands import (
+    BatcherCommand,
+    Chunk,
+    HandOff,
+    NeedPages,
+    Preempt,
+    Publish,
+    Release,
+    ReturnPages,
+    Starved,
+    Step,
+)
 from kvasir.core.events import Cancelled, Event, Extended, PagesGranted, StepDone, Submitted, Tick
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
 from kvasir.scheduling.batcher import Batcher
@@ -265,7 +276,7 @@ class BatcherMachine(RuleBasedStateMachine):
         for name in again:
             self._handle(self._submission(name, self.runs[name]))
 
-    def _carry_out(self, command: Command, again: list[str]) -> None:
+    def _carry_out(self, command: BatcherCommand, again: list[str]) -> None:
         match command:
             case Step():
                 self._check_step(command)

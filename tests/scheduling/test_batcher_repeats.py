@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from kvasir.core.commands import Chunk, HandOff, NeedPages, Preempt, Publish, Release, ReturnPages, Starved, Step
+from kvasir.core.batcher_commands import Chunk, HandOff, NeedPages, Preempt, Publish, Release, ReturnPages, Starved, Step
 from kvasir.core.events import Cancelled, Event, Extended, PagesGranted, StepDone, Submitted, Tick
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
 from kvasir.scheduling.batcher import Batcher

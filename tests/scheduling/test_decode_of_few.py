@@ -41,11 +41,6 @@ def random_fleet(rng: Random, most: int = 4) -> Fleet:
 def by_numbers(fleet: Fleet, prefill: Candidate) -> DecodeChoice:
     view = FewView(
         fleet,
-        BlockDirectory().match(()),
-        num_prompt_tokens=1000,
-        now=0.0,
-        rank=0.0,
-        due_s=30.0,
         tbt_s=0.1,
         costs=COSTS,
         kv_bytes_per_token=100,
@@ -54,6 +49,7 @@ def by_numbers(fleet: Fleet, prefill: Candidate) -> DecodeChoice:
         layerwise=True,
         max_stages=1,
     )
+    view.look(BlockDirectory().match(()), num_prompt_tokens=1000, now=0.0, rank=0.0, due_s=30.0)
     return least_expected_tbt_of_few(view, prefill, 1100)
 
 

@@ -7,8 +7,10 @@ import pytest
 
 from kvasir.core import commands as cmd
 from kvasir.core.commands import Candidate, Command, Decision
-from kvasir.core.events import Arrived, BlocksStored, Event, Finished, PrefillDone
-from kvasir.core.request import Role, Slo
+from kvasir.core.events import Arrived, BlocksRemoved, BlocksStored, Event, Finished, PrefillDone
+from kvasir.core.keys import BlockKey
+from kvasir.core.request import FinishReason, Request, Role, Slo
+from kvasir.core.tier import Tier
 from kvasir.scheduling.strategy import strategy
 from kvasir.simulator import SimConfig, Simulation
 from kvasir.simulator.faults import Fault, FaultKind
@@ -40,8 +42,23 @@ class Script:
             return [cmd.Decode(event.request_id, self._decode, event.instance)]
         return self._also(event)
 
+    def arrived(self, request: Request, now: float) -> list[Command]:
+        return self.handle(Arrived(request), now)
+
+    def prefill_done(self, request_id: str, instance: str, now: float) -> list[Command]:
+        return self.handle(PrefillDone(request_id, instance, 0), now)
+
+    def finished(self, request_id: str, instance: str, output_tokens: int, now: float) -> list[Command]:
+        return self.handle(Finished(request_id, instance, FinishReason.LENGTH, output_tokens), now)
+
+    def blocks_stored(self, node: str, seq: int, keys: tuple[BlockKey, ...], tier: Tier, now: float) -> list[Command]:
+        return self.handle(BlocksStored(node, seq, keys, tier), now)
+
+    def blocks_removed(self, node: str, seq: int, keys: tuple[BlockKey, ...], tier: Tier, now: float) -> list[Command]:
+        return self.handle(BlocksRemoved(node, seq, keys, tier), now)
+
     def wants_report(self, instance: str, epoch: int) -> bool:
-        return True
+        return False
 
 
 def scripted(

@@ -226,7 +226,7 @@ class Hub:
             reason,
             instances,
             dict(self._pools),
-            dict(self._counters + self._conductor.counters),
+            dict(self._counters + Counter(self._conductor.counters)),
             {node: report.transports for node, report in self._reports.items()},
             {node: report.tenants for node, report in self._reports.items()},
         )

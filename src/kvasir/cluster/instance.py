@@ -32,7 +32,7 @@ from kvasir.cluster.messages import (
     TokenOut,
 )
 from kvasir.cluster.pool_client import Pool
-from kvasir.core.commands import Chunk, HandOff, NeedPages, Preempt, Publish, Release, ReturnPages, Starved, Step
+from kvasir.core.batcher_commands import Chunk, HandOff, NeedPages, Preempt, Publish, Release, ReturnPages, Starved, Step
 from kvasir.core.errors import ClusterError, KvasirError, KvLost
 from kvasir.core.events import Cancelled, Event, InstanceInfo, InstanceLoad, PagesGranted, StepDone, Submitted, Tick
 from kvasir.core.keys import BlockKey, block_keys

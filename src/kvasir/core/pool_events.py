@@ -75,16 +75,6 @@ class Insert(PoolEvent, frozen=True):
     tenant: str = ""
 
 
-class PutBlocks(PoolEvent, frozen=True):
-    """PutStart and PutEnd in one, for blocks whose content is in place as soon as they have a slot, as in a simulation.
-
-    Answered by Reserved, maybe with fewer slots than there are `keys`: the first of them are published under the lease.
-    """
-
-    lease: str
-    keys: tuple[BlockKey, ...]
-
-
 class PutRevoke(PoolEvent, frozen=True):
     """Give reserved slots back, unused."""
 

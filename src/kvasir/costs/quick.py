@@ -103,8 +103,8 @@ class QuickRoofline(QuickCosts):
         self._step_overhead_s: float = hardware.step_overhead_s
         self._linear_flops: float = shape.linear_flops
         self._attention_flops: float = shape.attention_flops
-        self._weight_bytes: int = shape.weight_bytes
-        self._kv_bytes: int = shape.kv_bytes_per_token
+        self._weight_bytes = float(shape.weight_bytes)  # below 2 ** 53 as exact
+        self._kv_bytes = float(shape.kv_bytes_per_token)
 
     def prefill_s(self, new_tokens: int, cached_tokens: int) -> float:
         if new_tokens <= 0:

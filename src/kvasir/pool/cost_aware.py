@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from kvasir.costs.model import CostModel
+from kvasir.costs.quick import quick
 from kvasir.pool.eviction import Block
 from kvasir.pool.ghosts import Ghosts
 from kvasir.pool.reuse import MAX_CLASS, SAMPLE, ReuseRates
@@ -27,10 +28,6 @@ BlockSeconds = Callable[[int], float]
 COST_CLASSES: Final = 8
 """Half octaves of recompute seconds that are told apart, from the first block's on."""
 
-_NUM_CLASSES: Final = (MAX_CLASS + 1) * COST_CLASSES
-_USES_CLASS: Final = tuple(c // COST_CLASSES for c in range(_NUM_CLASSES))
-_RELATIVE_COST: Final[tuple[float, ...]] = tuple(2 ** (c % COST_CLASSES / 2) for c in range(_NUM_CLASSES))
-
 _MANY_USES: Final = 1 << MAX_CLASS - 1
 _FIRST_OF_MANY: Final = COST_CLASSES * MAX_CLASS
 """The class of least costs of blocks with so many uses."""
@@ -38,7 +35,8 @@ _FIRST_OF_MANY: Final = COST_CLASSES * MAX_CLASS
 
 def block_seconds(costs: CostModel, block_tokens: int) -> BlockSeconds:
     """As the cost model predicts it for blocks of `block_tokens`."""
-    return lambda depth: costs.prefill_s(block_tokens, depth * block_tokens)
+    known = quick(costs)
+    return lambda depth: known.prefill_s(block_tokens, depth * block_tokens)
 
 
 class CostAware:
@@ -50,7 +48,7 @@ class CostAware:
         self._seconds = seconds
         self._rates = ReuseRates()
         self._ghosts: Ghosts[int] = Ghosts()
-        self._classes = [RunQueue() for _ in range(_NUM_CLASSES)]
+        self._classes = [RunQueue(uses, 2 ** (cost / 2)) for uses in range(MAX_CLASS + 1) for cost in range(COST_CLASSES)]
         self._class_of_depth: list[int] = []
         self._num_known = 0
         self._len = 0
@@ -68,11 +66,14 @@ class CostAware:
             if not block.is_known:
                 self._meet(block, now)
         run: Run | None = None
+        class_, uses, deepest = 0, 0, 0
         for block in blocks:
-            class_ = self._class_of(block)
-            if run is None or run.class_ != class_:
-                run = Run(class_, now)
-                self._classes[class_].append(run)
+            if run is None or block.uses + block.past_uses != uses or block.deepest != deepest:  # mostly as the one before
+                uses, deepest = block.uses + block.past_uses, block.deepest
+                class_ = self._class_of(uses, deepest)
+                if run is None or run.class_ != class_:
+                    run = Run(class_, now)
+                    self._classes[class_].append(run)
             run.blocks.append(block)
             block.run = run
             if block.is_watched:
@@ -126,21 +127,26 @@ class CostAware:
         return gone
 
     def _least_worth(self, now: float) -> Run:
-        """Which run goes next; there must be one."""
+        """Which run goes next; there must be one.
+
+        A class is worth, by its oldest run, seconds saved per second, relative to the first block's.
+        """
         best: Run | None = None
         least = 0.0
         for runs in self._classes:
             run = runs.first
-            if run is not None and ((worth := self._worth(run, now)) < least or best is None):
+            if run is None:
+                continue
+            worth = self._rates.rate(runs.uses_class, now - run.since_s) * runs.relative_cost
+            if best is None or worth < least:
                 best, least = run, worth
         assert best is not None, "whoever asks knows of idle blocks"
         return best
 
-    def _class_of(self, block: Block) -> int:
-        if block.deepest >= len(self._class_of_depth):
-            self._reach(block.deepest)
-        uses = block.past_uses + block.uses
-        return (COST_CLASSES * uses.bit_length() if uses < _MANY_USES else _FIRST_OF_MANY) + self._class_of_depth[block.deepest]
+    def _class_of(self, uses: int, deepest: int) -> int:
+        if deepest >= len(self._class_of_depth):
+            self._reach(deepest)
+        return (COST_CLASSES * uses.bit_length() if uses < _MANY_USES else _FIRST_OF_MANY) + self._class_of_depth[deepest]
 
     def _meet(self, block: Block, now: float) -> None:
         """It is idle for the first time in its slot."""
@@ -151,13 +157,9 @@ class CostAware:
             block.is_watched = True
             self._rates.used(block.key, now)
 
-    def _worth(self, run: Run, now: float) -> float:
-        """Of a class, by its oldest run: seconds saved per second, relative to the first block's."""
-        return self._rates.rate(_USES_CLASS[run.class_], now - run.since_s) * _RELATIVE_COST[run.class_]
-
     def _reach(self, depth: int) -> None:
         """Work out the classes of costs of all depths up to this one."""
-        known = self._class_of_depth
+        known, first_s = self._class_of_depth, self._seconds(0)
         while len(known) <= depth:
-            ratio = self._seconds(len(known)) / self._seconds(0)
+            ratio = self._seconds(len(known)) / first_s
             known.append(min(COST_CLASSES - 1, max(known[-1] if known else 0, int(2 * math.log2(max(1.0, ratio))))))

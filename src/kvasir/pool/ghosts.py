@@ -29,11 +29,8 @@ class Ghosts(Generic[T]):
         return len(self._past)
 
     def leave(self, key: BlockKey, past: T) -> None:
-        """A block was evicted, after those that left before."""
-        ghosts = self._past
-        if key in ghosts:
-            del ghosts[key]
-        ghosts[key] = past
+        """A block was evicted, after those that left before; it was recalled when it came."""
+        self._past[key] = past
 
     def trim(self, num_blocks: int) -> None:
         """Beside so many blocks that stay, some may have to be forgotten."""

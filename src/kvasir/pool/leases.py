@@ -14,6 +14,7 @@ from kvasir.pool.slots import SlotTable
 class Owner:
     """An incarnation of a process. A dead one is remembered, so that its late messages are known as such."""
 
+    name: str
     epoch: int
     alive: bool = True
     reserved: set[int] = field(default_factory=set)

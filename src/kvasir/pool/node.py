@@ -4,7 +4,7 @@
                           │  └─OfferLease─▶ private ──PutEnd──▶ published
                           └──PutRevoke, owner died──▶ free
 
-Insert is PutEnd without a lease, PutBlocks is PutStart and PutEnd in one. Blocks of another node: free ──FetchStart──▶
+Insert is PutEnd without a lease, `put_blocks` is PutStart and PutEnd in one. Blocks of another node: free ──FetchStart──▶
 fetching ──FetchDone──▶ reserved. With an SSD (pool/ssd.py), likewise: free ──LoadStart──▶ loading ──LoadDone──▶ reserved, and
 a published slot that is evicted while a Spill reads it is free only at its SpillDone.
 
@@ -14,7 +14,7 @@ a lease pins every published block of its sequence, so an evictor that honours t
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, assert_never
@@ -48,7 +48,6 @@ from kvasir.core.pool_events import (
     PoolEvent,
     PoolStats,
     PoolTick,
-    PutBlocks,
     PutEnd,
     PutRevoke,
     PutStart,
@@ -88,7 +87,21 @@ class Counters:
     failed_fetches: int = 0
     over_quota: int = 0
     refusals: int = 0
-    evictions: Counter[str] = field(default_factory=Counter)
+    evictions: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+
+class Put:
+    """The first of some blocks are under a lease now, in these `slots`. To others is to be said, in this order, `before`, that
+    those under the keys `stored` can be read, and `after`.
+    """
+
+    __slots__ = ("after", "before", "slots", "stored")
+
+    def __init__(self, slots: tuple[int, ...], before: list[PoolAnswer], stored: tuple[BlockKey, ...] = ()):
+        self.slots = slots
+        self.before = before
+        self.stored = stored
+        self.after: list[PoolAnswer] = []
 
 
 class PoolNode:
@@ -128,7 +141,40 @@ class PoolNode:
     def handle(self, event: PoolEvent, now: float) -> list[PoolAnswer]:
         """Answers to the owner that asked, Stored and Removed to whoever keeps a directory, the rest to the body."""
         self._story.tell(now, event)
-        answers = self._answer(event, now)
+        return self._with_room(self._answer(event, now), now)
+
+    # What a simulation says most often can be said without a message, too.
+
+    def lease_blocks(self, name: str, epoch: int, lease_id: str, keys: tuple[BlockKey, ...], now: float) -> list[PoolAnswer]:
+        self._story.tell(now, ("lease", name, epoch, lease_id, keys))
+        owner = self._living(name, epoch)
+        answers = self._stale(name, epoch) if owner is None else self._lease(owner, lease_id, keys, "", True, now)
+        return self._with_room(answers, now)
+
+    def put_blocks(self, name: str, epoch: int, lease_id: str, keys: tuple[BlockKey, ...], now: float) -> Put:
+        """PutStart and PutEnd in one, for blocks whose content is in place as soon as they have a slot."""
+        self._story.tell(now, ("put", name, epoch, lease_id, keys))
+        owner = self._living(name, epoch)
+        put = Put((), self._stale(name, epoch)) if owner is None else self._put(owner, lease_id, keys, now)
+        put.after = self._with_room([], now)
+        return put
+
+    def offer_lease(
+        self, name: str, epoch: int, lease_id: str, slots: tuple[int, ...], deadline_s: float, now: float
+    ) -> list[PoolAnswer]:
+        self._story.tell(now, ("offer", name, epoch, lease_id, slots))
+        owner = self._living(name, epoch)
+        answers = self._stale(name, epoch) if owner is None else self._offer(owner, lease_id, slots, deadline_s)
+        return self._with_room(answers, now)
+
+    def release_lease(self, name: str, epoch: int, lease_id: str, slots: tuple[int, ...], now: float) -> list[PoolAnswer]:
+        self._story.tell(now, ("release", name, epoch, lease_id, slots))
+        owner = self._living(name, epoch)
+        answers = self._stale(name, epoch) if owner is None else self._release(owner, lease_id, slots, now)
+        return self._with_room(answers, now)
+
+    def _with_room(self, answers: list[PoolAnswer], now: float) -> list[PoolAnswer]:
+        """And what goes, and is written to the SSD, after whatever happened."""
         if self._retention is not None:
             answers += self._evicted(self._retention.trim(now), "quota", now)
         return answers if self._ssd is None else answers + self._spill(self._ssd, now)
@@ -137,10 +183,16 @@ class PoolNode:
         of_owner = _OF_OWNERS.get(type(event))
         if of_owner is None:
             return self._answer_any(event, now)
-        owner = self._owners.get(event.owner)
-        if owner is None or owner.epoch != event.epoch or not owner.alive:
-            return self._refuse("stale_epoch", f"{event.owner} epoch {event.epoch} is not here; {_incarnation(owner)}")
-        return of_owner(self, owner, event, now)
+        name, epoch = event.owner, event.epoch
+        owner = self._living(name, epoch)
+        return self._stale(name, epoch) if owner is None else of_owner(self, owner, event, now)
+
+    def _living(self, name: str, epoch: int) -> Owner | None:
+        owner = self._owners.get(name)
+        return owner if owner is not None and owner.epoch == epoch and owner.alive else None
+
+    def _stale(self, name: str, epoch: int) -> list[PoolAnswer]:
+        return self._refuse("stale_epoch", f"{name} epoch {epoch} is not here; {_incarnation(self._owners.get(name))}")
 
     def _answer_any(self, event: PoolEvent, now: float) -> list[PoolAnswer]:
         """What does not need a living owner."""
@@ -160,6 +212,11 @@ class PoolNode:
             case OwnerLost(owner=name, epoch=epoch):
                 return self._lose(name, epoch, now)
         raise TypeError(f"not a pool event: {event!r}")
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that can be read in DRAM."""
+        return len(self._slots.index)
 
     def inventory(self, tier: Tier = Tier.DRAM) -> tuple[BlockKey, ...]:
         """The keys of all blocks that can be read in a tier, oldest first."""
@@ -184,7 +241,7 @@ class PoolNode:
             owners=sum(owner.alive for owner in self._owners.values()),
             lookups=counters.lookups,
             hits=counters.hits,
-            evictions=counters.evictions.total(),
+            evictions=sum(counters.evictions.values()),
             duplicates=counters.duplicates,
             expired_offers=counters.expired_offers,
             fetching=sum(len(load.slots) for load in self._loads.values() if load.ssd_slots is None),
@@ -221,7 +278,7 @@ class PoolNode:
             if epoch == owner.epoch:
                 return []
             self._bury(owner, now)
-        self._owners[name] = Owner(epoch)
+        self._owners[name] = Owner(name, epoch)
         return []
 
     def _lose(self, name: str, epoch: int, now: float) -> list[PoolAnswer]:
@@ -231,7 +288,7 @@ class PoolNode:
             if epoch < owner.epoch:
                 return self._refuse("stale_epoch", f"{name} epoch {epoch} is long gone; {_incarnation(owner)}")
             self._bury(owner, now)
-        self._owners[name] = Owner(epoch, alive=False)
+        self._owners[name] = Owner(name, epoch, alive=False)
         return []
 
     def _bury(self, owner: Owner, now: float) -> None:
@@ -248,15 +305,13 @@ class PoolNode:
         owner.reserved.update(slots)
         return [*removed, Reserved(slots)]
 
-    def _put(self, owner: Owner, event: PutBlocks, now: float) -> list[PoolAnswer]:
-        lease = self._held(owner, event.lease)
+    def _put(self, owner: Owner, lease_id: str, keys: tuple[BlockKey, ...], now: float) -> Put:
+        lease = self._held(owner, lease_id)
         if lease is None:
-            return self._refuse("unknown_lease", f"{event.owner} does not hold lease {event.lease!r}")
-        keys = event.keys
-        slots, answers = self._take(len(keys), now, lease.tenant)
-        answers.append(Reserved(slots))
+            return Put((), self._not_held(owner, lease_id))
+        slots, removed = self._take(len(keys), now, lease.tenant)
         if not slots:
-            return answers
+            return Put(slots, removed)
         if len(slots) < len(keys):
             keys = keys[: len(slots)]
         if self._retention is None and (blocks := self._slots.publish_new(keys, slots, len(lease.slots))):
@@ -264,11 +319,10 @@ class PoolNode:
             lease.pinned += blocks
             if self._ssd is not None:
                 self._ssd.published(keys, now)
-            answers.append(Stored(keys))
-            return answers
+            return Put(slots, removed, keys)
         owner.reserved.update(slots)
         keyed = tuple([KeyedSlot(key, slot) for key, slot in zip(keys, slots, strict=True)])
-        return answers + self._publish(owner, PutEnd(event.owner, event.epoch, event.lease, keyed), now)
+        return Put(slots, removed + self._publish(owner, PutEnd(owner.name, owner.epoch, lease_id, keyed), now))
 
     def _take(self, count: int, now: float, tenant: str = "") -> tuple[tuple[int, ...], list[PoolAnswer]]:
         """Slots, and what to say about the blocks that were evicted for them."""
@@ -294,7 +348,7 @@ class PoolNode:
     def _publish(self, owner: Owner, event: PutEnd, now: float) -> list[PoolAnswer]:
         lease = self._held(owner, event.lease)
         if lease is None:
-            return self._refuse("unknown_lease", f"{event.owner} does not hold lease {event.lease!r}")
+            return self._not_held(owner, event.lease)
         if bad := self._not_givable(owner, lease, [block.slot for block in event.blocks]):
             return self._refuse("bad_slot", f"{event.owner} cannot publish slots {bad}: neither reserved nor private here")
         return self._fill_and_tell(owner, lease, event.blocks, now)
@@ -356,33 +410,33 @@ class PoolNode:
 
     # --- leases ------------------------------------------------------------------------------------------------
 
-    def _lease(self, owner: Owner, event: LeaseBlocks, now: float) -> list[PoolAnswer]:
-        lease_id, keys, tenant = event.lease, event.keys, event.tenant
+    def _lease(
+        self, owner: Owner, lease_id: str, keys: tuple[BlockKey, ...], tenant: str, is_lookup: bool, now: float
+    ) -> list[PoolAnswer]:
         if lease_id in self._leases:
             return self._refuse("lease_exists", f"lease {lease_id!r} is open already")
         blocks = self._slots.pin_prefix(keys, now)
-        if event.is_lookup:
+        if is_lookup:
             self._counters.lookups += len(keys)
             self._counters.hits += len(blocks)
-        lease = self._leases[lease_id] = Lease(event.owner, blocks, tenant)
+        lease = self._leases[lease_id] = Lease(owner.name, blocks, tenant)
         if tenant and self._retention is None:
             self._retain()
         owner.leases[lease_id] = None
         if self._ssd is None:
             return [Leased(lease_id, tuple(lease.slots))]
         on_ssd = len(self._ssd.prefix(keys[len(blocks) :]))
-        if event.is_lookup:
+        if is_lookup:
             self._ssd.counters.ssd_hits += on_ssd
         return [Leased(lease_id, tuple(lease.slots), on_ssd)]
 
-    def _release(self, owner: Owner, event: ReleaseLease, now: float) -> list[PoolAnswer]:
-        lease_id, slots = event.lease, event.slots
+    def _release(self, owner: Owner, lease_id: str, slots: tuple[int, ...], now: float) -> list[PoolAnswer]:
         lease = self._leases.get(lease_id)
-        if lease is not None and lease.owner is not None and lease.owner != event.owner:
-            return self._refuse("unknown_lease", f"lease {lease_id!r} belongs to {lease.owner}, not to {event.owner}")
+        if lease is not None and lease.owner is not None and lease.owner != owner.name:
+            return self._refuse("unknown_lease", f"lease {lease_id!r} belongs to {lease.owner}, not to {owner.name}")
         if slots:
             if bad := self._not_givable(owner, lease, slots):
-                return self._refuse("bad_slot", f"{event.owner} cannot free slots {bad}: neither reserved nor private here")
+                return self._refuse("bad_slot", f"{owner.name} cannot free slots {bad}: neither reserved nor private here")
             freed = [slot for slot in slots if slot in owner.reserved]
             owner.reserved.difference_update(freed)
             self._slots.give_back(freed)
@@ -390,20 +444,20 @@ class PoolNode:
             self._close(lease_id, now)
         return []
 
-    def _offer(self, owner: Owner, event: OfferLease, now: float) -> list[PoolAnswer]:
-        lease = self._held(owner, event.lease)
+    def _offer(self, owner: Owner, lease_id: str, slots: tuple[int, ...], deadline_s: float) -> list[PoolAnswer]:
+        lease = self._held(owner, lease_id)
         if lease is None:
-            return self._refuse("unknown_lease", f"{event.owner} does not hold lease {event.lease!r}")
-        if event.slots and (bad := self._not_givable(owner, lease, event.slots)):
-            return self._refuse("bad_slot", f"{event.owner} cannot offer slots {bad}: neither reserved nor private here")
-        for slot in event.slots:
+            return self._not_held(owner, lease_id)
+        if slots and (bad := self._not_givable(owner, lease, slots)):
+            return self._refuse("bad_slot", f"{owner.name} cannot offer slots {bad}: neither reserved nor private here")
+        for slot in slots:
             if slot in owner.reserved:
                 owner.reserved.remove(slot)
                 lease.private[slot] = len(lease.slots)
                 lease.slots.append(slot)
-        del owner.leases[event.lease]
-        self._offers[event.lease] = None
-        lease.owner, lease.deadline_s = None, event.deadline_s
+        del owner.leases[lease_id]
+        self._offers[lease_id] = None
+        lease.owner, lease.deadline_s = None, deadline_s
         return []
 
     def _adopt(self, owner: Owner, event: AdoptLease, now: float) -> list[PoolAnswer]:
@@ -465,7 +519,7 @@ class PoolNode:
     def _refuse_load(self, owner: Owner, event: LoadStart | FetchStart) -> list[PoolAnswer]:
         """Why nothing can be loaded or fetched for the lease; empty when it can."""
         if self._held(owner, event.lease) is None:
-            return self._refuse("unknown_lease", f"{event.owner} does not hold lease {event.lease!r}")
+            return self._not_held(owner, event.lease)
         if event.lease in self._loads:
             return self._refuse("loading", f"a load or fetch for lease {event.lease!r} is under way")
         return []
@@ -643,6 +697,9 @@ class PoolNode:
         bad = named.difference(owner.reserved, lease.private if lease is not None else ())
         return sorted(bad) or ([] if len(named) == len(slots) else sorted(slots))
 
+    def _not_held(self, owner: Owner, lease_id: str) -> list[PoolAnswer]:
+        return self._refuse("unknown_lease", f"{owner.name} does not hold lease {lease_id!r}")
+
     def _refuse(self, code: Code, message: str) -> list[PoolAnswer]:
         self._counters.refusals += 1
         return [Refused(code, message)]
@@ -652,9 +709,8 @@ _OF_OWNERS: Final[dict[type[PoolEvent], Callable[[PoolNode, Owner, Any, float], 
     PutStart: PoolNode._reserve,
     PutEnd: PoolNode._publish,
     Insert: PoolNode._insert,
-    PutBlocks: PoolNode._put,
     PutRevoke: PoolNode._revoke,
-    LeaseBlocks: PoolNode._lease,
+    LeaseBlocks: lambda self, owner, e, now: self._lease(owner, e.lease, e.keys, e.tenant, e.is_lookup, now),
     LoadStart: PoolNode._start_load,
     FetchStart: PoolNode._start_fetch,
     DropBlocks: PoolNode._drop,
@@ -662,8 +718,8 @@ _OF_OWNERS: Final[dict[type[PoolEvent], Callable[[PoolNode, Owner, Any, float], 
     Unpin: PoolNode._unpin,
     SetQuota: PoolNode._set_quota,
     Clear: PoolNode._clear,
-    ReleaseLease: PoolNode._release,
-    OfferLease: PoolNode._offer,
+    ReleaseLease: lambda self, owner, e, now: self._release(owner, e.lease, e.slots, now),
+    OfferLease: lambda self, owner, e, now: self._offer(owner, e.lease, e.slots, e.deadline_s),
     AdoptLease: PoolNode._adopt,
 }
 """What is answered to a living owner only."""
@@ -675,6 +731,6 @@ def _incarnation(owner: Owner | None) -> str:
     return f"epoch {owner.epoch} {'is here' if owner.alive else 'has died'}"
 
 
-def _line(event: PoolEvent) -> str:
+def _line(event: object) -> str:
     text = repr(event)
     return text if len(text) <= 200 else f"{text[:200]}…"

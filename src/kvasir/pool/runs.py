@@ -24,11 +24,16 @@ class Run:
 
 
 class RunQueue:
-    """Runs, oldest first, out of which any can be taken: a linked list."""
+    """Runs of one class, oldest first, out of which any can be taken: a linked list.
 
-    __slots__ = ("first", "last")
+    Their blocks are of `uses_class`, and cost `relative_cost` times what the first block of a sequence does.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("first", "last", "relative_cost", "uses_class")
+
+    def __init__(self, uses_class: int, relative_cost: float) -> None:
+        self.uses_class = uses_class
+        self.relative_cost = relative_cost
         self.first: Run | None = None
         self.last: Run | None = None
 

@@ -1,11 +1,9 @@
-"""The last events that a node took, for the story of a broken invariant."""
+"""What a node was told last, events or their like, for the story of a broken invariant."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Final
-
-from kvasir.core.pool_events import PoolEvent
 
 STORY_LENGTH: Final = 64
 
@@ -18,9 +16,9 @@ class Story:
     def __init__(self) -> None:
         self._num_told = 0
         self._times_s: list[float] = []
-        self._events: list[PoolEvent] = []
+        self._events: list[object] = []
 
-    def tell(self, now: float, event: PoolEvent) -> None:
+    def tell(self, now: float, event: object) -> None:
         place = self._num_told % STORY_LENGTH
         self._num_told += 1
         if place == len(self._events):
@@ -29,7 +27,7 @@ class Story:
         else:
             self._times_s[place], self._events[place] = now, event
 
-    def __iter__(self) -> Iterator[tuple[float, PoolEvent]]:
+    def __iter__(self) -> Iterator[tuple[float, object]]:
         told = list(zip(self._times_s, self._events, strict=True))
         oldest = self._num_told % STORY_LENGTH if len(told) == STORY_LENGTH else 0
         return iter(told[oldest:] + told[:oldest])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-from kvasir.core.commands import (
+from kvasir.core.batcher_commands import (
+    BatcherCommand,
     Chunk,
-    Command,
     HandOff,
     NeedPages,
     Preempt,
@@ -69,17 +69,72 @@ class Batcher:
         self._is_held = False  # after a preemption nobody is admitted until somebody leaves
         self._starving: _Starving | None = None
 
-    def handle(self, event: Event, now: float) -> list[Command]:
-        """Raises InvariantError for an event that no correct body sends."""
-        kind = type(event)
-        handler = _HANDLERS.get(kind)
-        if handler is None:
-            raise InvariantError(f"a Batcher takes no {kind.__name__}")
-        commands: list[Command] = []
-        handler(self, event, commands, now)
-        was_refused = self._is_short and kind is PagesGranted
-        self._go_on(commands, now, may_ask=not was_refused)
-        return commands
+    def handle(self, event: Event, now: float) -> list[BatcherCommand]:
+        """What the methods that follow do, said by a message. They raise InvariantError for what no correct body says."""
+        match event:
+            case StepDone(finished=finished, steps=passes, seconds=seconds):
+                if seconds is not None and self._step is not None:
+                    chunks = [(seq.in_flight, seq.num_computed) for seq in self._prompts]
+                    self.saw(chunks, self._step.batch, self._step.context_tokens, seconds)
+                return self.step_done(passes, now, finished)
+            case Submitted():
+                return self.submit(_sequence(event), now, priority=event.priority, rank=event.rank)
+            case PagesGranted(pages=pages):
+                return self.grant(pages, now)
+            case Extended(request_id=request_id, available=available):
+                return self.extend(request_id, available, now)
+            case Cancelled(request_id=request_id):
+                return self.cancel(request_id, now)
+            case Tick():
+                return self.tick(now)
+        raise InvariantError(f"a Batcher takes no {type(event).__name__}")
+
+    def submit(self, seq: Sequence, now: float, *, priority: int = 0, rank: float | None = None) -> list[BatcherCommand]:
+        block_tokens = self._config.block_tokens
+        if seq.id in self._queues:
+            raise InvariantError(f"{seq.id} was submitted twice")
+        if not seq.num_computed < seq.num_tokens < seq.max_total_tokens:
+            counts = f"{seq.num_computed}, {seq.num_tokens}, {seq.max_total_tokens}"
+            raise InvariantError(f"{seq.id}: expected num_computed < num_tokens < max_total_tokens, got {counts}")
+        if seq.available is not None and not 0 <= seq.available <= seq.num_tokens:
+            raise InvariantError(f"{seq.id}: {seq.available} of {seq.num_tokens} tokens cannot be available")
+        if seq.num_leased != -(-seq.num_computed // block_tokens):
+            raise InvariantError(f"{seq.id}: expected pages for exactly {seq.num_computed} tokens, got {seq.num_leased}")
+        seq.rank = (-priority, now if rank is None else rank, self._num_submitted)
+        seq.num_full = seq.num_computed // block_tokens
+        self._num_submitted += 1
+        self._queues.add(seq)
+        return self._go_on([], now)
+
+    def extend(self, request_id: str, available: int, now: float) -> list[BatcherCommand]:
+        seq = self._queues.get(request_id)
+        if seq is not None:
+            if seq.available is None or not seq.available <= available <= seq.num_tokens:
+                raise InvariantError(f"{request_id}: {seq.available} of {seq.num_tokens} tokens are available, got {available}")
+            seq.available = available
+            self._queues.place(seq)
+        return self._go_on([], now)
+
+    def step_done(self, passes: int, now: float, finished: tuple[str, ...] = ()) -> list[BatcherCommand]:
+        commands: list[BatcherCommand] = []
+        self._end_step(passes, frozenset(finished) if finished else _NOBODY, commands)
+        return self._go_on(commands, now)
+
+    def cancel(self, request_id: str, now: float) -> list[BatcherCommand]:
+        commands: list[BatcherCommand] = []
+        seq = self._queues.get(request_id)
+        if seq is not None:
+            self._cancel(seq, commands)
+        return self._go_on(commands, now)
+
+    def grant(self, pages: tuple[int, ...], now: float) -> list[BatcherCommand]:
+        self._is_short = len(pages) < (self._asked or 0)
+        self._asked = None
+        self._stash.extend(pages)
+        return self._go_on([], now, may_ask=not self._is_short)
+
+    def tick(self, now: float) -> list[BatcherCommand]:
+        return self._go_on([], now)
 
     def decode_chunks(self) -> Iterator[Chunk]:
         """The decoding sequences of the Step in flight, as they are in its first pass; valid until StepDone."""
@@ -90,26 +145,32 @@ class Batcher:
         """Whether the pool gave fewer pages than are needed; it is asked again at the next event, a Tick at the latest."""
         return self._is_short
 
+    @property
+    def waiting_tokens(self) -> int:
+        """Of all prompts, those that are not computed as of the last StepDone."""
+        tokens = 0
+        for seq in self._queues.waiting:
+            tokens += seq.num_tokens - seq.num_computed
+        for seq in self._queues.begun:
+            tokens += seq.num_tokens - seq.num_computed
+        for seq in self._queues.idle:
+            tokens += seq.num_tokens - seq.num_computed
+        return tokens
+
     def load(self, *, waiting: int = 0, waiting_tokens: int = 0, free_kv_tokens: int = 0) -> InstanceLoad:
         """The queues as of the last StepDone and the pages in the stash, beside what only the body knows of."""
         queues = self._queues
         context_tokens, num_held_up = self._decodes.context_tokens, 0
-        for seq in queues.waiting:
-            waiting_tokens += seq.num_tokens - seq.num_computed
-        for seq in queues.paused:
-            context_tokens += seq.num_tokens
-        for seq in queues.begun:
-            waiting_tokens += seq.num_tokens - seq.num_computed
+        for seq in (*queues.paused, *queues.begun):
             context_tokens += seq.num_tokens
         for seq in queues.idle:
-            waiting_tokens += seq.num_tokens - seq.num_computed
             if seq.has_begun:
                 context_tokens += seq.num_tokens
                 num_held_up += 1
         return InstanceLoad(
             waiting=waiting + len(queues.waiting) + len(queues.ready) + len(queues.idle) - num_held_up,
             running=queues.num_running + num_held_up,
-            waiting_tokens=waiting_tokens,
+            waiting_tokens=waiting_tokens + self.waiting_tokens,
             context_tokens=context_tokens,
             free_kv_tokens=free_kv_tokens + len(self._stash) * self._config.block_tokens,
             prefill_scale=self._calibration.prefill_scale if self._calibration is not None else None,
@@ -130,42 +191,13 @@ class Batcher:
         check_queues(self._queues)
         check_step(self._step, self._prompts, self._queues, self._config.max_batch)
 
-    # --- events ---
+    # --- what happened ---
 
-    def _submitted(self, event: Submitted, commands: list[Command], now: float) -> None:
-        block_tokens = self._config.block_tokens
-        rank = (-event.priority, now if event.rank is None else event.rank, self._num_submitted)
-        seq = Sequence(event, rank=rank, block_tokens=block_tokens)
-        if seq.id in self._queues:
-            raise InvariantError(f"{seq.id} was submitted twice")
-        if not seq.num_computed < seq.num_tokens < seq.max_total_tokens:
-            raise InvariantError(f"expected num_computed < num_tokens < max_total_tokens, got {event}")
-        if seq.available is not None and not 0 <= seq.available <= seq.num_tokens:
-            raise InvariantError(f"expected at most num_tokens available, got {event}")
-        if seq.num_leased != -(-seq.num_computed // block_tokens):
-            raise InvariantError(f"expected pages for exactly num_computed tokens, got {event}")
-        self._num_submitted += 1
-        self._queues.add(seq)
-
-    def _extended(self, event: Extended, commands: list[Command], now: float) -> None:
-        seq = self._queues.get(event.request_id)
-        if seq is None:
-            return
-        if seq.available is None or not seq.available <= event.available <= seq.num_tokens:
-            raise InvariantError(f"{seq.available} tokens of {seq.num_tokens} are available, got {event}")
-        seq.available = event.available
-        self._queues.place(seq)
-
-    def _step_done(self, event: StepDone, commands: list[Command], now: float) -> None:
-        step = self._step
-        if step is None:
-            raise InvariantError("StepDone without a step in flight")
-        passes, finished = event.steps, frozenset(event.finished) if event.finished else _NOBODY
+    def _end_step(self, passes: int, finished: frozenset[str], commands: list[BatcherCommand]) -> None:
+        if self._step is None:
+            raise InvariantError("a step is done and none was in flight")
         if not (1 if self._prompts or finished else 0) <= passes <= self._repeats:
-            raise InvariantError(f"a step of {step.repeats} passes was in flight, got {event}")
-        if event.seconds is not None:
-            chunks = [(seq.in_flight, seq.num_computed) for seq in self._prompts]
-            self.saw(chunks, step.batch, step.context_tokens, event.seconds)
+            raise InvariantError(f"a step of at most {self._repeats} passes was in flight, {passes} were made")
         self._step = None
         touched = self._decodes.advance(passes)
         if finished or self._leaving:
@@ -196,7 +228,7 @@ class Batcher:
             self._decodes.settle(seq)
         return list(by_id.values())
 
-    def _decoded(self, seq: Sequence, is_finished: bool, commands: list[Command]) -> None:
+    def _decoded(self, seq: Sequence, is_finished: bool, commands: list[BatcherCommand]) -> None:
         """Something happens to a settled member of the decodes: it is cancelled, ends, or comes to a block's boundary."""
         if seq.is_cancelled:
             commands.append(Release(seq.id, self._leave(seq)))
@@ -209,7 +241,7 @@ class Batcher:
         else:
             self._decodes.schedule(seq)
 
-    def _computed(self, seq: Sequence, is_finished: bool, commands: list[Command]) -> None:
+    def _computed(self, seq: Sequence, is_finished: bool, commands: list[BatcherCommand]) -> None:
         """A chunk of a prompt is computed."""
         is_complete = seq.num_computed == seq.num_tokens
         if seq.is_cancelled or (seq.is_stage and is_complete):
@@ -222,14 +254,14 @@ class Batcher:
         else:
             self._queues.place(seq)
 
-    def _publish(self, seq: Sequence, commands: list[Command]) -> None:
+    def _publish(self, seq: Sequence, commands: list[BatcherCommand]) -> None:
         num_full = seq.num_computed // self._config.block_tokens
         if num_full > seq.num_full:
             commands.append(Publish(seq.id, seq.num_full, seq.pages[seq.num_full : num_full]))
             seq.num_full = num_full
             seq.num_leased = max(seq.num_leased, num_full)
 
-    def _sampled(self, seq: Sequence, is_finished: bool, commands: list[Command]) -> None:
+    def _sampled(self, seq: Sequence, is_finished: bool, commands: list[BatcherCommand]) -> None:
         """All tokens of the sequence are computed, and one was drawn after them."""
         if is_finished or seq.num_computed + 1 >= seq.max_total_tokens:
             commands.append(Release(seq.id, self._leave(seq)))
@@ -242,10 +274,7 @@ class Batcher:
             seq.available, seq.share = None, 1.0
             self._queues.place(seq)
 
-    def _cancelled(self, event: Cancelled, commands: list[Command], now: float) -> None:
-        seq = self._queues.get(event.request_id)
-        if seq is None:
-            return
+    def _cancel(self, seq: Sequence, commands: list[BatcherCommand]) -> None:
         if not seq.in_flight and not seq.ticket:
             commands.append(Release(seq.id, self._leave(seq)))
         elif not seq.is_cancelled:  # the engine may still write its pages: release after the step
@@ -253,17 +282,10 @@ class Batcher:
             if seq.ticket:
                 self._leaving.append(seq)
 
-    def _pages_granted(self, event: PagesGranted, commands: list[Command], now: float) -> None:
-        self._is_short = len(event.pages) < (self._asked or 0)
-        self._asked = None
-        self._stash.extend(event.pages)
-
-    def _tick(self, event: Tick, commands: list[Command], now: float) -> None:
-        """What follows is all that there is to do."""
-
     # --- what follows ---
 
-    def _go_on(self, commands: list[Command], now: float, *, may_ask: bool) -> None:
+    def _go_on(self, commands: list[BatcherCommand], now: float, *, may_ask: bool = True) -> list[BatcherCommand]:
+        """`commands`, and what is to be done now."""
         is_busy = self._queues.is_busy
         if is_busy and self._step is None:
             if self._is_short and self._asked is None and self._former.pages_wanted() <= 0:  # who left has left enough
@@ -279,8 +301,9 @@ class Batcher:
             self._ask(commands)
         if not is_busy or not self._queues.is_busy:
             self._return_excess(commands)
+        return commands
 
-    def _return_excess(self, commands: list[Command]) -> None:
+    def _return_excess(self, commands: list[BatcherCommand]) -> None:
         """Who has nothing to do keeps no more than a few pages at hand."""
         excess = len(self._stash) - self._config.stash_pages
         if excess > 0:
@@ -302,7 +325,7 @@ class Batcher:
             return Step((), batch, decodes.context_tokens, self._repeats)
         return None
 
-    def _ask(self, commands: list[Command]) -> None:
+    def _ask(self, commands: list[BatcherCommand]) -> None:
         wanted = self._former.pages_wanted()
         if wanted <= 0:
             self._end_shortage()
@@ -314,7 +337,7 @@ class Batcher:
         self._is_short = False
         self._starving = None
 
-    def _make_room(self, commands: list[Command], now: float) -> bool:
+    def _make_room(self, commands: list[BatcherCommand], now: float) -> bool:
         """Preempt the youngest page holder but the oldest sequence, once per shortage; or give the oldest up.
 
         Somebody lacks a page: who waits for the pipeline's stage before wants none.
@@ -350,12 +373,16 @@ class Batcher:
 
 _NOBODY: Final[frozenset[str]] = frozenset()
 
-_HANDLERS: Final[dict[type[Event], Callable[[Batcher, Any, list[Command], float], None]]] = {
-    StepDone: Batcher._step_done,
-    Submitted: Batcher._submitted,
-    Extended: Batcher._extended,
-    PagesGranted: Batcher._pages_granted,
-    Cancelled: Batcher._cancelled,
-    Tick: Batcher._tick,
-}
-"""All that a Batcher is told."""
+
+def _sequence(event: Submitted) -> Sequence:
+    return Sequence(
+        event.request_id,
+        num_tokens=event.num_tokens,
+        num_computed=event.num_computed,
+        max_total_tokens=event.max_total_tokens,
+        pages=event.pages,
+        hand_off=event.hand_off,
+        share=event.share,
+        available=event.available,
+        is_stage=event.is_stage,
+    )

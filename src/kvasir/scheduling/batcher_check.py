@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from kvasir.core.commands import Step
+from kvasir.core.batcher_commands import Step
 from kvasir.core.errors import InvariantError
 from kvasir.scheduling.chunking import BatcherConfig
 from kvasir.scheduling.decode_set import DecodeSet

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Set
 from random import Random
 from typing import Any, Final
@@ -12,7 +12,9 @@ from msgspec import structs
 from kvasir.core import events as ev
 from kvasir.core.commands import Cancel, Command, Decision, Decode, Fail, Prefill, Reject, Replicate, Resync, SetRole
 from kvasir.core.errors import InvariantError
+from kvasir.core.keys import BlockKey
 from kvasir.core.request import Request, Slo
+from kvasir.core.tier import Tier
 from kvasir.costs.model import CostModel
 from kvasir.costs.quick import quick
 from kvasir.pool.directory import BlockDirectory
@@ -21,7 +23,7 @@ from kvasir.scheduling.conductor_config import ConductorConfig
 from kvasir.scheduling.cores import CoreSharing
 from kvasir.scheduling.decode_choice import DecodeChoice
 from kvasir.scheduling.fleet import Fleet
-from kvasir.scheduling.instance import Instance, Seat
+from kvasir.scheduling.instance import Instance
 from kvasir.scheduling.placed import Homeless, Placed, State
 from kvasir.scheduling.placer import Placer, Proposal, Rules
 from kvasir.scheduling.plan import Refusal
@@ -29,8 +31,6 @@ from kvasir.scheduling.replication import Replication
 from kvasir.scheduling.roles import Roles
 
 NOBODY: Final[frozenset[str]] = frozenset()
-
-RequestEvent = ev.PrefillDone | ev.Finished | ev.Aborted | ev.Failed
 
 
 class Conductor:
@@ -62,17 +62,34 @@ class Conductor:
         self._homeless: dict[str, Homeless] = {}
         self._cores = CoreSharing() if config.shares_cores else None
         self._num_prefilling = 0
-        self.counters: Counter[str] = Counter()
+        self.counters: dict[str, int] = defaultdict(int)
 
     def handle(self, event: ev.Event, now: float) -> list[Command]:
         """Raises InvariantError for an event that no correct body sends."""
         handler = _HANDLERS.get(type(event))
         if handler is None:
             raise InvariantError(f"a Conductor takes no {type(event).__name__}")
-        commands = handler(self, event, now)
-        if self._cores is not None:
-            commands += self._cores.commands(self._fleet.instances)
-        return commands
+        return self._with_cores(handler(self, event, now))
+
+    # What is said most often can be said without a message, too.
+
+    def arrived(self, request: Request, now: float) -> list[Command]:
+        return self._with_cores(self._arrived(request, now))
+
+    def prefill_done(self, request_id: str, instance: str, now: float) -> list[Command]:
+        return self._with_cores(self._prefill_done(request_id, instance, now))
+
+    def finished(self, request_id: str, instance: str, output_tokens: int, now: float) -> list[Command]:
+        return self._with_cores(self._finished(request_id, instance, output_tokens, now))
+
+    def heartbeat(self, instance: str, epoch: int, waiting_tokens: int, now: float) -> list[Command]:
+        return self._with_cores(self._reported(instance, epoch, waiting_tokens, now))
+
+    def blocks_stored(self, node: str, seq: int, keys: tuple[BlockKey, ...], tier: Tier, now: float) -> list[Command]:
+        return [Resync(node)] if self._directory.stored(node, seq, keys, tier) else []
+
+    def blocks_removed(self, node: str, seq: int, keys: tuple[BlockKey, ...], tier: Tier, now: float) -> list[Command]:
+        return [Resync(node)] if self._directory.removed(node, seq, keys, tier) else []
 
     @property
     def ready(self) -> bool:
@@ -101,7 +118,7 @@ class Conductor:
     def wants_report(self, instance: str, epoch: int) -> bool:
         """Whether a heartbeat of this incarnation would change anything: it has prefills to account for, or is not known."""
         known = self._fleet.get(instance)
-        return known is None or len(known.book) > 0 or known.info.epoch != epoch
+        return known is None or len(known.book) > 0 or known.epoch != epoch
 
     def placed(self, request_id: str) -> Placed | None:
         """Where a request is, to be read only; None before its arrival and after its outcome."""
@@ -132,8 +149,7 @@ class Conductor:
 
     # --- requests ---
 
-    def _arrived(self, event: ev.Arrived, now: float) -> list[Command]:
-        request = event.request
+    def _arrived(self, request: Request, now: float) -> list[Command]:
         if request.id in self._requests or request.id in self._homeless:
             raise InvariantError(f"{request.id} arrived twice")
         self.counters["arrived"] += 1
@@ -147,7 +163,8 @@ class Conductor:
         if proposal.refusal is not None:
             commands.append(self._reject(request, proposal.refusal, proposal.decision))
         else:
-            commands += self._start(request, proposal, now), *self._replicate(request, proposal, now)
+            commands.append(self._start(request, proposal, now))
+            commands += self._replicate(request, proposal, now)
         if not proposal.decode.fits:
             commands += self._review(now)
         return commands
@@ -159,23 +176,28 @@ class Conductor:
         prefix = request.keys[: candidate.prefix_tokens // self._config.block_tokens]
         return self._replication.placed(prefix, candidate, self._fleet, self._directory, now)
 
-    def _request_event(self, event: RequestEvent, now: float) -> list[Command]:
-        placed = self._requests.get(event.request_id)
+    def _held_by(self, instance: str, request_id: str) -> Placed | None:
+        """The request, if it is on `instance`. Else what was said of it was on its way, and is counted."""
+        placed = self._requests.get(request_id)
         if placed is None:
-            is_over = isinstance(event, ev.Aborted | ev.Finished)
-            is_homeless = is_over and self._homeless.pop(event.request_id, None) is not None
-            outcome = "aborted" if isinstance(event, ev.Aborted) else "finished"
-            self.counters[outcome if is_homeless else "late_events"] += 1
+            self.counters["late_events"] += 1
+            return None
+        if instance not in placed.holders:
+            self.counters["stale_events"] += 1
+            return None
+        return placed
+
+    def _was_homeless(self, request_id: str) -> bool:
+        """Whether the request waited for an instance; it does no longer."""
+        return request_id in self._homeless and self._homeless.pop(request_id) is not None
+
+    def _prefill_done(self, request_id: str, instance: str, now: float) -> list[Command]:
+        placed = self._held_by(instance, request_id)
+        if placed is None:
             return []
-        handler = _TABLE[placed.state, type(event)]
-        if handler is not None and not isinstance(event, ev.Aborted) and event.instance not in placed.holders:
-            handler = None
-        if handler is None:
+        if placed.state is State.DECODING:  # said of an earlier attempt, by an instance that has it again
             self.counters["stale_events"] += 1
             return []
-        return handler(self, placed, event, now)
-
-    def _prefill_done(self, placed: Placed, event: RequestEvent, now: float) -> list[Command]:
         request = placed.request
         if placed.decode is None and self._fleet.missing_role == "decode":
             return [Cancel(request.id, placed.prefill), *self._place_again(placed, "there was nobody to decode", now)]
@@ -186,9 +208,9 @@ class Conductor:
         if choice is not None:
             self._sit(placed, choice, now, now)
         decode = placed.decoder
-        self._fleet.take_seat(decode, request.id, now)
+        self._fleet.take_seat(decode, request_id, now)
         placed.state = State.DECODING
-        return [Decode(request.id, decode, placed.prefill)] if placed.hands_off else []
+        return [Decode(request_id, decode, placed.prefill)] if placed.hands_off else []
 
     def _refused_late(self, placed: Placed, choice: DecodeChoice | None, now: float) -> list[Command] | None:
         """The rejection of a request whose prefill is spent, by rules that look at decode load only now."""
@@ -200,20 +222,31 @@ class Conductor:
         self.counters["rejected_after_prefill"] += 1
         return [Cancel(request.id, placed.prefill), self._reject(request, refusal, self._placer.refused(request, refusal, now))]
 
-    def _finished(self, placed: Placed, event: RequestEvent, now: float) -> list[Command]:
-        assert isinstance(event, ev.Finished)
-        self._placer.learn(event.output_tokens)
+    def _finished(self, request_id: str, instance: str, output_tokens: int, now: float) -> list[Command]:
+        if self._was_homeless(request_id):
+            self.counters["finished"] += 1
+            return []
+        placed = self._held_by(instance, request_id)
+        if placed is None:
+            return []
+        self._placer.learn(output_tokens)
         self._forget(placed, now)
         self.counters["finished"] += 1
         return []
 
-    def _aborted(self, placed: Placed, event: RequestEvent, now: float) -> list[Command]:
+    def _aborted(self, event: ev.Aborted, now: float) -> list[Command]:
+        placed = self._requests.get(event.request_id)
+        if placed is None:
+            self.counters["aborted" if self._was_homeless(event.request_id) else "late_events"] += 1
+            return []
         self._forget(placed, now)
         self.counters["aborted"] += 1
         return [Cancel(placed.request.id, name) for name in placed.holders]
 
-    def _failed(self, placed: Placed, event: RequestEvent, now: float) -> list[Command]:
-        assert isinstance(event, ev.Failed)
+    def _failed(self, event: ev.Failed, now: float) -> list[Command]:
+        placed = self._held_by(event.instance, event.request_id)
+        if placed is None:
+            return []
         placed.failed_on |= {event.instance}
         stops = [Cancel(placed.request.id, name) for name in placed.holders if name != event.instance]
         return [*stops, *self._place_again(placed, f"{event.instance}: {event.error}", now)]
@@ -281,11 +314,10 @@ class Conductor:
         return Prefill(request_id, prefill, decode.instance, chosen, proposal.decision, proposal.rank)
 
     def _sit(self, placed: Placed, decode: DecodeChoice, joins_s: float, now: float) -> None:
-        request, placer = placed.request, self._placer
+        request = placed.request
         placed.decode = decode.instance
         stays_s = self._fleet.stays_s(self._fleet[decode.instance])
-        seat = Seat(placer.context_tokens(request), placer.kv_tokens(request), joins_s, stays_s)
-        self._fleet.sit(decode.instance, request.id, seat, now)
+        self._fleet.sit(decode.instance, request.id, self._placer.seat(request, joins_s, stays_s), now)
 
     def _prefill_over(self, placed: Placed, now: float) -> None:
         self._num_prefilling -= 1
@@ -342,21 +374,24 @@ class Conductor:
         return [*stops, *again, *self._house(now), *self._review(now)]
 
     def _heartbeat(self, event: ev.Heartbeat, now: float) -> list[Command]:
-        instance = event.instance
+        known, load = self._fleet.get(event.instance), event.load
+        if known is not None and known.epoch == event.epoch:
+            known.prefill_scale, known.decode_scale = load.prefill_scale, load.decode_scale
+        return self._reported(event.instance, event.epoch, load.waiting_tokens, now)
+
+    def _reported(self, instance: str, epoch: int, waiting_tokens: int, now: float) -> list[Command]:
         known = self._fleet.get(instance)
-        if known is None or known.info.epoch != event.epoch:
+        if known is None or known.epoch != epoch:
             self.counters["stale_events"] += 1
         else:
-            self._fleet.reported(instance, event.load, settle_s=self._config.settle_s, now=now)
+            self._fleet.reported(known, waiting_tokens, settle_s=self._config.settle_s, now=now)
         return []
 
-    def _blocks_stored(self, event: ev.BlocksStored, now: float) -> list[Command]:
-        has_gap = self._directory.stored(event.node, event.seq, event.keys, event.tier)
-        return [Resync(event.node)] if has_gap else []
-
-    def _blocks_removed(self, event: ev.BlocksRemoved, now: float) -> list[Command]:
-        has_gap = self._directory.removed(event.node, event.seq, event.keys, event.tier)
-        return [Resync(event.node)] if has_gap else []
+    def _with_cores(self, commands: list[Command]) -> list[Command]:
+        """And who has to share cores differently by now."""
+        if self._cores is not None:
+            commands += self._cores.commands(self._fleet.instances)
+        return commands
 
     def _inventory(self, event: ev.Inventory, now: float) -> list[Command]:
         self._directory.inventory(event.node, event.seq, event.keys, event.ssd_keys)
@@ -385,29 +420,15 @@ class Conductor:
         return changes
 
 
-_Handler = Callable[[Conductor, Placed, RequestEvent, float], list[Command]]
-
-_TABLE: Final[dict[tuple[State, type[RequestEvent]], _Handler | None]] = {
-    (State.PREFILLING, ev.PrefillDone): Conductor._prefill_done,
-    (State.PREFILLING, ev.Finished): Conductor._finished,  # one token was all it wanted
-    (State.PREFILLING, ev.Aborted): Conductor._aborted,
-    (State.PREFILLING, ev.Failed): Conductor._failed,
-    (State.DECODING, ev.PrefillDone): None,  # an earlier attempt's, on an instance that has it again
-    (State.DECODING, ev.Finished): Conductor._finished,
-    (State.DECODING, ev.Aborted): Conductor._aborted,
-    (State.DECODING, ev.Failed): Conductor._failed,
-}
-"""What happens to a request, by where it is. None: can arise by a race, is counted and ignored."""
-
 _HANDLERS: Final[dict[type[ev.Event], Callable[[Conductor, Any, float], list[Command]]]] = {
     ev.Heartbeat: Conductor._heartbeat,
-    ev.BlocksStored: Conductor._blocks_stored,
-    ev.BlocksRemoved: Conductor._blocks_removed,
-    ev.Arrived: Conductor._arrived,
-    ev.PrefillDone: Conductor._request_event,
-    ev.Finished: Conductor._request_event,
-    ev.Aborted: Conductor._request_event,
-    ev.Failed: Conductor._request_event,
+    ev.BlocksStored: lambda self, event, now: self.blocks_stored(event.node, event.seq, event.keys, event.tier, now),
+    ev.BlocksRemoved: lambda self, event, now: self.blocks_removed(event.node, event.seq, event.keys, event.tier, now),
+    ev.Arrived: lambda self, event, now: self._arrived(event.request, now),
+    ev.PrefillDone: lambda self, event, now: self._prefill_done(event.request_id, event.instance, now),
+    ev.Finished: lambda self, event, now: self._finished(event.request_id, event.instance, event.output_tokens, now),
+    ev.Aborted: Conductor._aborted,
+    ev.Failed: Conductor._failed,
     ev.Inventory: Conductor._inventory,
     ev.NodeLost: Conductor._node_lost,
     ev.InstanceJoined: Conductor._instance_joined,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kvasir.core.commands import Chunk
+from kvasir.core.batcher_commands import Chunk
 from kvasir.scheduling.sequence import Sequence, rank_of
 
 

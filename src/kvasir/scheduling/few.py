@@ -33,22 +33,26 @@ class Prefiller:
 
     __slots__ = ("fetch_s", "instance", "local_s", "pace", "prefix_tokens", "wait_s")
 
-    def __init__(self, instance: Instance, wait_s: float, pace: float, prefix_tokens: int, local_s: float, fetch_s: float):
+    def __init__(self, instance: Instance):
         self.instance = instance
-        self.wait_s = wait_s
-        self.pace = pace
-        self.prefix_tokens = prefix_tokens
-        self.local_s = local_s
-        self.fetch_s = fetch_s
+        self.wait_s = 0.0
+        self.pace = 1.0
+        self.prefix_tokens = 0
+        self.local_s = 0.0
+        self.fetch_s = NEVER_S
 
 
 class FewView:
-    """The cluster at one moment, for one prompt; all that is not said here is as in ClusterView. Valid until the fleet changes.
+    """The cluster as of the last look at it, for one prompt; all that is not said here is as in ClusterView.
 
     The rest of the prompt behind the longest prefix takes `rest_s` alone.
     """
 
     __slots__ = (
+        "_behind_s",
+        "_behind_tokens",
+        "_block_tokens",
+        "_known",
         "best_tokens",
         "chunk_tokens",
         "costs",
@@ -68,12 +72,7 @@ class FewView:
     def __init__(
         self,
         fleet: Fleet,
-        match: PrefixMatch,
         *,
-        num_prompt_tokens: int,
-        now: float,
-        rank: float,
-        due_s: float,
         tbt_s: float,
         costs: QuickCosts,
         kv_bytes_per_token: int,
@@ -83,23 +82,36 @@ class FewView:
         max_stages: int,
     ):
         self.fleet = fleet
+        self.costs = costs
+        self.kv_bytes_per_token = kv_bytes_per_token
+        self.chunk_tokens = chunk_tokens
+        self.tbt_s = tbt_s
+        self.layerwise = layerwise
+        self.max_stages = max_stages
+        self._block_tokens = block_tokens
+        self._known: list[Instance] | None = None  # whose `prefillers` are
+        self.prefillers: list[Prefiller] = []
+        self.decoders = fleet.decoders
+        self.num_prompt_tokens = self.best_tokens = self._behind_tokens = 0
+        self.rest_s = self._behind_s = self.due_in_s = 0.0
+        self.source: str | None = None
+
+    def look(self, match: PrefixMatch, *, num_prompt_tokens: int, now: float, rank: float, due_s: float) -> None:
+        """See how things are now, for this prompt. Valid until the fleet changes."""
+        fleet, block_tokens = self.fleet, self._block_tokens
+        if self._known is not fleet.prefillers:
+            self._known = fleet.prefillers
+            self.prefillers = [Prefiller(known) for known in fleet.prefillers]
         self.decoders = fleet.decoders
         self.num_prompt_tokens = num_prompt_tokens
         self.best_tokens = match.best * block_tokens
         self.source = match.source
-        self.costs = costs
-        self.kv_bytes_per_token = kv_bytes_per_token
-        self.chunk_tokens = chunk_tokens
         self.due_in_s = due_s - now
-        self.tbt_s = tbt_s
-        self.layerwise = layerwise
-        self.max_stages = max_stages
-        self.rest_s: float = self.prefill_s(self.best_tokens)
+        self.rest_s = self.prefill_s(self.best_tokens)
+        self._behind_tokens, self._behind_s = self.best_tokens, self.rest_s
         blocks = fleet.blocks_at_prefillers(match)
-        self.prefillers = [
-            self._prefiller(known, known.book.wait_s(now, rank), blocks[row] * block_tokens)
-            for row, known in enumerate(fleet.prefillers)
-        ]
+        for row, prefiller in enumerate(self.prefillers):
+            self._look_at(prefiller, prefiller.instance.book.wait_s(now, rank), blocks[row] * block_tokens)
 
     def prefill_s(self, cached_tokens: int) -> float:
         return self.costs.prompt_s(self.num_prompt_tokens, cached_tokens, self.chunk_tokens)
@@ -107,17 +119,25 @@ class FewView:
     def transfer_s(self, tokens: int) -> float:
         return self.costs.transfer_s(tokens * self.kv_bytes_per_token) if tokens > 0 else 0.0
 
-    def _prefiller(self, known: Instance, wait_s: float, prefix_tokens: int) -> Prefiller:
-        pace, missing = known.book.pace, self.best_tokens - prefix_tokens
-        prefill_s = self.prefill_s(prefix_tokens) if missing else self.rest_s
-        transfer_s = self.transfer_s(missing)
+    def _look_at(self, prefiller: Prefiller, wait_s: float, prefix_tokens: int) -> None:
+        pace = prefiller.instance.book.pace
+        prefiller.wait_s, prefiller.pace, prefiller.prefix_tokens = wait_s, pace, prefix_tokens
+        prefiller.local_s = self._behind(prefix_tokens) / pace
+        transfer_s = self.transfer_s(self.best_tokens - prefix_tokens)
         if transfer_s <= 0.0:
-            return Prefiller(known, wait_s, pace, prefix_tokens, prefill_s / pace, NEVER_S)
+            prefiller.fetch_s = NEVER_S
+            return
         if self.layerwise:
             transfer_s = transfer_s - wait_s - self.rest_s
             if transfer_s < 0.0:
                 transfer_s = 0.0
-        return Prefiller(known, wait_s, pace, prefix_tokens, prefill_s / pace, transfer_s + self.rest_s / pace)
+        prefiller.fetch_s = transfer_s + self.rest_s / pace
+
+    def _behind(self, prefix_tokens: int) -> float:
+        """As `prefill_s`. Most have the same prefix as the one before."""
+        if prefix_tokens != self._behind_tokens:
+            self._behind_tokens, self._behind_s = prefix_tokens, self.prefill_s(prefix_tokens)
+        return self._behind_s
 
     def local(self, row: int) -> Candidate:
         known = self.prefillers[row]

@@ -9,7 +9,7 @@ import numpy as np
 from msgspec import structs
 
 from kvasir.core.errors import InvariantError
-from kvasir.core.events import InstanceInfo, InstanceLoad
+from kvasir.core.events import InstanceInfo
 from kvasir.costs.model import CostModel
 from kvasir.costs.quick import quick
 from kvasir.pool.match import PrefixMatch
@@ -190,10 +190,12 @@ class Fleet:
 
     def _long_run_s(self, batch: int, context_tokens: int, least_s: float) -> float:
         step_s = max(least_s, self._fixed_s)
-        for _ in range(ROUNDS):
+        for _round in range(ROUNDS):  # `_` would be an object
             share = self._decode_share(self.answer_tokens * step_s)
             batch_then, context_then = _rounded(share * batch), _rounded(share * context_tokens)
-            next_s = self._costs.decode_step_s(max(1, batch_then), context_then)
+            if batch_then < 1:
+                batch_then = 1
+            next_s = self._costs.decode_step_s(batch_then, context_then)
             if next_s < least_s:
                 next_s = least_s
             if next_s == step_s:
@@ -239,19 +241,16 @@ class Fleet:
             known.book.left(request_id, now)
             self._booked(known)
 
-    def reported(self, instance: str, load: InstanceLoad, *, settle_s: float, now: float) -> None:
+    def reported(self, known: Instance, waiting_tokens: int, *, settle_s: float, now: float) -> None:
         """The instance's own account of its queues."""
-        known = self._by_id[instance]
-        known.load = load
-        known.heartbeat_s = now
         if len(known.book):
-            known.book.reported(load.waiting_tokens, sent_before_s=now - settle_s, now=now)
+            known.book.reported(waiting_tokens, sent_before_s=now - settle_s, now=now)
             self._booked(known)
 
     def calibrate(self) -> None:
         """Predict as steps were measured: by the mean of those that have the phase. What nobody measured stays as it is."""
-        prefill = [scale for known in self._prefillers if (scale := known.load.prefill_scale) is not None]
-        decode = [scale for known in self._decoders if (scale := known.load.decode_scale) is not None]
+        prefill = [scale for known in self._prefillers if (scale := known.prefill_scale) is not None]
+        decode = [scale for known in self._decoders if (scale := known.decode_scale) is not None]
         if not prefill and not decode:
             return
         costs = self._costs

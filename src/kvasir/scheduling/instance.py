@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvasir.core.events import InstanceInfo, InstanceLoad
+from kvasir.core.events import InstanceInfo
 from kvasir.scheduling.book import PrefillBook
 
 
@@ -46,22 +46,26 @@ class Taken:
 
 @dataclass(slots=True)
 class Instance:
-    """One instance: its own account in `load`, the conductor's in `book` (prefills) and `seats` (decodes)."""
+    """One instance and what it was given, in `book` (prefills) and `seats` (decodes).
+
+    Its scales are how many times as long as predicted its steps take; None where it has not measured any.
+    """
 
     info: InstanceInfo
-    load: InstanceLoad = field(default_factory=InstanceLoad)
-    heartbeat_s: float | None = None
     book: PrefillBook = field(default_factory=PrefillBook)
     seats: dict[str, Seat] = field(default_factory=dict)
     context_tokens: int = 0
     kv_tokens: int = 0
     taken: Taken = field(default_factory=Taken)
     id: str = ""
+    epoch: int = 0
     node: str = ""
     max_batch: int = 0
     max_kv_tokens: int = 0
     can_prefill: bool = False
     can_decode: bool = False
+    prefill_scale: float | None = None
+    decode_scale: float | None = None
 
     def __post_init__(self) -> None:
         self.introduce(self.info)
@@ -69,5 +73,6 @@ class Instance:
     def introduce(self, info: InstanceInfo) -> None:
         """It is this now. What is asked for in each decision is at hand without a look into `info`."""
         self.info = info
-        self.id, self.node, self.max_batch, self.max_kv_tokens = info.id, info.node, info.max_batch, info.kv_tokens
+        self.id, self.epoch, self.node = info.id, info.epoch, info.node
+        self.max_batch, self.max_kv_tokens = info.max_batch, info.kv_tokens
         self.can_prefill, self.can_decode = info.role.can_prefill, info.role.can_decode

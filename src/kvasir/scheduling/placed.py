@@ -18,11 +18,11 @@ class State(StrEnum):
 class Placed:
     """`decode` is None while its decode instance is lost and the prefill not done: the next is chosen then.
 
-    `hands_off`: the prefill instance was told to give the request away when its prompt is done. A chunked pipeline has its
-    stages in `group`, `prefill` the last of them.
+    `hands_off`: the prefill instance was told to give the request away when its prompt is done. All `members` prefill it: the
+    stages of a chunked pipeline, or `prefill` alone, which is the last of them.
     """
 
-    __slots__ = ("attempts", "decode", "failed_on", "group", "hands_off", "prefill", "request", "state")
+    __slots__ = ("attempts", "decode", "failed_on", "hands_off", "members", "prefill", "request", "state")
 
     def __init__(
         self,
@@ -37,16 +37,11 @@ class Placed:
         self.request = request
         self.state = State.PREFILLING
         self.prefill = prefill
-        self.group = group
+        self.members = group or (prefill,)
         self.decode: str | None = None
         self.hands_off = hands_off
         self.attempts = attempts
         self.failed_on = failed_on
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        """All instances that prefill it."""
-        return self.group or (self.prefill,)
 
     @property
     def holders(self) -> tuple[str, ...]:

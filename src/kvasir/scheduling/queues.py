@@ -99,11 +99,11 @@ class Queues:
         self._take_out(seq)
 
     def prompts(self, seats: int) -> list[Sequence]:
-        """Who begins or goes on, in order of rank; at most `seats` begin."""
-        joining = self.waiting[:seats] if seats > 0 else []
-        if not self.begun or not joining:
-            return joining or self.begun[:]
-        return sorted([*self.begun, *joining], key=rank_of)
+        """Who begins or goes on, in order of rank; at most `seats` begin. To be read only, before anybody is placed."""
+        if seats <= 0 or not self.waiting:
+            return self.begun
+        joining = self.waiting if seats >= len(self.waiting) else self.waiting[:seats]
+        return sorted(self.begun + joining, key=rank_of) if self.begun else joining
 
     @property
     def oldest(self) -> Sequence:

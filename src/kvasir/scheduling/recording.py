@@ -5,7 +5,7 @@ A recording holds sizes, block keys and times; no prompt and no token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from random import Random
 from typing import Protocol
 
@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from kvasir.core import events as ev
+from kvasir.core.batcher_commands import BatcherCommand
 from kvasir.core.commands import Command
 from kvasir.core.errors import ConfigError
 from kvasir.core.request import Slo
@@ -66,10 +67,13 @@ class ConductorSetup(Struct, frozen=True, tag=True):
         return scheduler.live(self.chunk_tokens).conductor(self.config, self.costs, self.slo, Random(self.seed))
 
 
+Said = Command | BatcherCommand
+
+
 class Brain(Protocol):
     """Conductor or Batcher."""
 
-    def handle(self, event: ev.Event, now: float) -> list[Command]: ...
+    def handle(self, event: ev.Event, now: float) -> Sequence[Said]: ...
 
 
 Line = ConductorSetup | Recorded
@@ -96,6 +100,6 @@ def read_recording(lines: Iterable[bytes]) -> Iterator[Line]:
             raise ConfigError(f"recording line {number}: {error}; expected what `kvasir serve --record` writes") from None
 
 
-def replay(brain: Brain, records: Iterable[Recorded]) -> list[list[Command]]:
+def replay(brain: Brain, records: Iterable[Recorded]) -> list[Sequence[Said]]:
     """What `brain` says to each event. Give a fresh brain the events of one that was fresh."""
     return [brain.handle(record.event, record.at_s) for record in records]

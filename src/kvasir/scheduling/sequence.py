@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from operator import attrgetter
 
-from kvasir.core.events import Submitted
-
 rank_of = attrgetter("rank")
 
 
@@ -47,20 +45,33 @@ class Sequence:
         "ticket",
     )
 
-    def __init__(self, event: Submitted, *, rank: tuple[int, float, int], block_tokens: int):
-        self.id: str = event.request_id
-        self.rank = rank
-        self.num_tokens: int = event.num_tokens
-        self.num_computed: int = event.num_computed
-        self.max_total_tokens: int = event.max_total_tokens
-        self.hand_off: bool = event.hand_off
-        self.is_stage: bool = event.is_stage
-        self.end = self.num_tokens if self.hand_off or self.is_stage else self.max_total_tokens - 1
-        self.pages: tuple[int, ...] = event.pages
-        self.num_leased = len(self.pages)
-        self.num_full = self.num_computed // block_tokens
-        self.share: float = event.share
-        self.available: int | None = event.available
+    def __init__(
+        self,
+        request_id: str,
+        *,
+        num_tokens: int,
+        num_computed: int,
+        max_total_tokens: int,
+        pages: tuple[int, ...],
+        hand_off: bool,
+        share: float,
+        available: int | None,
+        is_stage: bool,
+    ):
+        """All as in Submitted; the Batcher says which `rank` it has."""
+        self.id = request_id
+        self.num_tokens = num_tokens
+        self.num_computed = num_computed
+        self.max_total_tokens = max_total_tokens
+        self.hand_off = hand_off
+        self.is_stage = is_stage
+        self.end = num_tokens if hand_off or is_stage else max_total_tokens - 1
+        self.pages = pages
+        self.num_leased = len(pages)
+        self.num_full = 0
+        self.share = share
+        self.available = available
+        self.rank: tuple[int, float, int] = (0, 0.0, 0)
         self.has_begun = False
         self.in_flight = 0
         self.is_cancelled = False

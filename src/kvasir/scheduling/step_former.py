@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from kvasir.core.commands import Chunk
+from kvasir.core.batcher_commands import Chunk
 from kvasir.costs.quick import QuickCosts
 from kvasir.scheduling.chunking import BatcherConfig, ChunkBudget
 from kvasir.scheduling.queues import Queues
@@ -38,18 +38,19 @@ class StepFormer:
             self.puts_off = False
             return []
         paused, decodes = queues.paused, queues.decodes
-        num_running = len(decodes.members) + len(paused) + len(queues.begun)
+        num_running = queues.num_running
         is_running = num_running > 0
         seats = 0 if is_running and (is_short or is_held) else max_batch - num_running
         joining = queues.ready[:seats] if seats > 0 else []
         prompts = queues.prompts(seats)
         self.puts_off = bool(prompts and joining and self._config.max_step_s is not None)
+        decoding = paused + joining
         if not prompts or self.puts_off:
-            for seq in (*paused, *joining):
+            for seq in decoding:
                 self._decode(seq, beside=0)
             return []
-        budget = self._budget([*paused, *joining])
-        in_order = sorted([*paused, *prompts], key=rank_of) if is_short and is_running else [*paused, *joining, *prompts]
+        budget = self._budget(decoding)
+        in_order = sorted(paused + prompts, key=rank_of) if is_short and is_running else decoding + prompts
         step: list[Sequence] = []
         members = decodes.members
         is_blocked = False  # for pages; who waits behind does not overtake

@@ -93,15 +93,20 @@ def tbt_s(gaps: list[Gaps]) -> float | None:
 def _longest(gaps: list[Gaps], num_longest: int) -> list[Gaps]:
     """The runs that the longest gaps are in, the longest first, of equal length in their order: no others are sorted."""
     longest: list[Gaps] = []
-    num_gaps = 0
+    num_gaps, least_s = 0, 0.0
     for run in gaps:
-        if num_gaps >= num_longest and run.seconds <= longest[-1].seconds:
+        seconds = run.seconds
+        if num_gaps >= num_longest and seconds <= least_s:
             continue
         place = len(longest)
-        while place and longest[place - 1].seconds < run.seconds:
+        while place and longest[place - 1].seconds < seconds:
             place -= 1
         longest.insert(place, run)
         num_gaps += run.count
-        while num_gaps - longest[-1].count >= num_longest:
-            num_gaps -= longest.pop().count
+        last = longest[-1]
+        while num_gaps - last.count >= num_longest:
+            num_gaps -= last.count
+            longest.pop()
+            last = longest[-1]
+        least_s = last.seconds
     return longest

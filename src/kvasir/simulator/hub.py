@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -11,17 +11,15 @@ from msgspec.structs import replace
 from kvasir.core import commands as cmd
 from kvasir.core.commands import Candidate, Command, Decision
 from kvasir.core.events import (
-    Arrived,
     Event,
     Failed,
-    Finished,
     Heartbeat,
     InstanceJoined,
-    PrefillDone,
     Tick,
 )
 from kvasir.core.keys import BlockKey
-from kvasir.core.request import FinishReason, Request
+from kvasir.core.request import Request
+from kvasir.core.tier import Tier
 from kvasir.costs.quick import QuickCosts
 from kvasir.report.timeline import Status
 from kvasir.scheduling.conductor import Conductor
@@ -30,13 +28,14 @@ from kvasir.simulator.gaps import tbt_s
 from kvasir.simulator.hot import HotBlocks
 from kvasir.simulator.instance import SimInstance
 from kvasir.simulator.jobs import Attempt, Job, Seq
+from kvasir.simulator.listener import Listener
 from kvasir.simulator.network import Flow, Network, Pipes
 from kvasir.simulator.node import MESSENGER, SimNode
 from kvasir.simulator.record_book import RecordBook
 
 
-class SimHub:
-    """Carries the Conductor's commands out and hears the instances (`Listener`)."""
+class SimHub(Listener):
+    """Carries the Conductor's commands out and hears nodes and instances."""
 
     def __init__(
         self,
@@ -58,8 +57,8 @@ class SimHub:
         self.nodes: dict[str, SimNode] = {}
         self.instances: dict[str, SimInstance] = {}
         self.jobs: dict[str, Job] = {}
-        self.counters: Counter[str] = Counter()
-        self.rejections: Counter[str] = Counter()
+        self.counters: dict[str, int] = defaultdict(int)
+        self.rejections: dict[str, int] = defaultdict(int)
         self.asked_blocks = 0
         self.found_blocks = 0
         self.num_prefilled = 0
@@ -81,15 +80,28 @@ class SimHub:
     def attach(self, conductor: Conductor) -> None:
         self._conductor = conductor
 
+    @property
+    def _brain(self) -> Conductor:
+        assert self._conductor is not None, "a hub is told nothing before it has a Conductor"
+        return self._conductor
+
     def tell(self, event: Event) -> None:
         """Give the Conductor an event and carry out what it says."""
-        assert self._conductor is not None
-        for command in self._conductor.handle(event, self._agenda.now):
+        self._carry_out(self._brain.handle(event, self._agenda.now))
+
+    def blocks_stored(self, node: str, seq: int, keys: tuple[BlockKey, ...], tier: Tier) -> None:
+        self._carry_out(self._brain.blocks_stored(node, seq, keys, tier, self._agenda.now))
+
+    def blocks_removed(self, node: str, seq: int, keys: tuple[BlockKey, ...], tier: Tier) -> None:
+        self._carry_out(self._brain.blocks_removed(node, seq, keys, tier, self._agenda.now))
+
+    def _carry_out(self, commands: list[Command]) -> None:
+        for command in commands:
             _HANDLERS[type(command)](self, command)
 
     def arrive(self, job: Job, request: Request) -> None:
         self.jobs[job.id] = job
-        self.tell(Arrived(request))
+        self._carry_out(self._brain.arrived(request, self._agenda.now))
 
     def _start_prefill(self, command: cmd.Prefill) -> None:
         self._record(command.decision)
@@ -120,19 +132,22 @@ class SimHub:
             self._abandon(job.attempt)
             job.attempt.forget()
         self._num_runs += 1
-        attempt = job.attempt = Attempt(job, f"{job.id}#{self._num_runs}", command.decode)
         candidate: Candidate = command.candidate
-        group: tuple[str, ...] = candidate.group or (command.instance,)
+        prefill: str = command.instance
+        decode: str = command.decode
+        rank: float = command.rank
+        attempt = job.attempt = Attempt(job, f"{job.id}#{self._num_runs}", decode)
+        group: tuple[str, ...] = candidate.group or (prefill,)
         share = 1.0 / len(group)
         for place, instance in enumerate(group):
             name = attempt.name if place == len(group) - 1 else f"{attempt.name}/{place}"
-            seq = Seq(attempt, self.instances[instance], name, rank=command.rank, share=share)
+            seq = Seq(attempt, self.instances[instance], name, rank=rank, share=share)
             if attempt.stages:
                 attempt.stages[-1].stage = seq
             attempt.stages.append(seq)
             seq.instance.expect(seq)
         last = attempt.stages[-1]
-        last.hands_off = command.decode != command.instance
+        last.hands_off = decode != prefill
         own = last.instance.memory.open(last)
         if not (self._fetch(last, own, candidate) or self._load(last, own, candidate)):
             self._ready(attempt, own)
@@ -332,7 +347,7 @@ class SimHub:
         job = seq.job
         seq.attempt.is_prefilled = True
         self.num_prefilled += 1
-        self.tell(PrefillDone(job.id, seq.instance.id, job.cached_tokens or 0))
+        self._carry_out(self._brain.prefill_done(job.id, seq.instance.id, self._agenda.now))
 
     # --- decode ------------------------------------------------------------------------------------------------
 
@@ -387,8 +402,8 @@ class SimHub:
             return
         if not seq.attempt.is_prefilled:
             self.num_prefilled += 1
-        self._end(job, Status.OK, None)
-        self.tell(Finished(job.id, seq.instance.id, _LENGTH, job.emitted))
+        self._end(job, _OK, None)
+        self._carry_out(self._brain.finished(job.id, seq.instance.id, job.emitted, self._agenda.now))
 
     def failed(self, seq: Seq, error: str) -> None:
         self._agenda.soon(self._report_failure, (seq, error))
@@ -472,17 +487,18 @@ class SimHub:
 
     def beat(self, report_delay_s: float) -> None:
         """Every instance that did anything says how it is, unless that changes nothing."""
-        assert self._conductor is not None
-        for name, instance in list(self.instances.items()):
+        conductor = self._brain
+        for instance in list(self.instances.values()):
+            name, epoch = instance.id, instance.epoch
             is_idle = not instance.sequences
             if is_idle and instance.was_idle:
                 continue
             instance.was_idle = is_idle
             if report_delay_s:
-                report = Heartbeat(name, instance.epoch, instance.load())
+                report = Heartbeat(name, epoch, instance.load())
                 self._agenda.at(self._agenda.now + report_delay_s, self.tell, report)
-            elif self._conductor.wants_report(name, instance.epoch):
-                self.tell(Heartbeat(name, instance.epoch, instance.load()))
+            elif conductor.wants_report(name, epoch):
+                self._carry_out(conductor.heartbeat(name, epoch, instance.waiting_tokens, self._agenda.now))
             instance.tick()
 
     @property
@@ -498,7 +514,7 @@ class SimHub:
             self._decisions.append(decision)
 
 
-_LENGTH: Final = FinishReason.LENGTH
+_OK: Final = Status.OK
 
 _HANDLERS: Final[dict[type[Command], Callable[[SimHub, Any], None]]] = {
     cmd.Prefill: SimHub._start_prefill,

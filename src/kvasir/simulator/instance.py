@@ -8,54 +8,35 @@ gaps are logged as equal. The instance is idle between steps; no token is comput
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Final
 
-from kvasir.core.commands import Command, HandOff, NeedPages, Preempt, Publish, Release, ReturnPages, Starved, Step
-from kvasir.core.events import (
-    Cancelled,
-    Event,
-    Extended,
-    InstanceInfo,
-    InstanceLoad,
-    PagesGranted,
-    StepDone,
-    Submitted,
-    Tick,
+from kvasir.core.batcher_commands import (
+    BatcherCommand,
+    HandOff,
+    NeedPages,
+    Preempt,
+    Publish,
+    Release,
+    ReturnPages,
+    Starved,
+    Step,
 )
+from kvasir.core.events import InstanceInfo, InstanceLoad
 from kvasir.core.request import Role
 from kvasir.costs.quick import QuickCosts
 from kvasir.scheduling.batcher import Batcher
+from kvasir.scheduling.sequence import Sequence
 from kvasir.simulator.agenda import Agenda, Planned
 from kvasir.simulator.cores import Cores
 from kvasir.simulator.decoding import Decoding
 from kvasir.simulator.gaps import Gaps
 from kvasir.simulator.jobs import Seq
+from kvasir.simulator.listener import Listener
 from kvasir.simulator.memory import Memory
 from kvasir.simulator.node import SimNode
 
 OFFER_S: Final = 30.0
 """How long a handed-off prompt waits in the pool for the instance that decodes it, as live."""
-
-
-class Listener(Protocol):
-    """Whom an instance tells what the hub would hear."""
-
-    def prefill_started(self, seq: Seq) -> None: ...
-
-    def stage_computed(self, seq: Seq, tokens: int) -> None:
-        """A stage has computed the first `tokens` of its sequence."""
-        ...
-
-    def first_token(self, seq: Seq) -> None:
-        """The prompt is computed and a token of it is with the client; the sequence stays here to decode."""
-        ...
-
-    def handed_off(self, seq: Seq) -> None: ...
-
-    def finished(self, seq: Seq) -> None: ...
-
-    def failed(self, seq: Seq, error: str) -> None: ...
 
 
 class SimInstance:
@@ -100,8 +81,7 @@ class SimInstance:
         self._parked: dict[str, Seq] = {}  # preempted: they hold nothing until somebody leaves
         self._absent: dict[Seq, None] = {}  # here, but not with the Batcher
         self._waiting: list[Seq] = []  # their KV is on the node, and no pages for it are free
-        self._inbox: list[Event] = []
-        self._is_applying = False
+        self._granted: tuple[int, ...] | None = None  # pages that the Batcher is yet to be told of
         self._num_left = 0
         self._told: list[Seq] = []
         self._ended: list[Seq] = []
@@ -137,7 +117,8 @@ class SimInstance:
             return
         seq.is_cancelled = True
         if seq.is_submitted:
-            self._apply(Cancelled(seq.name))
+            self._cut_short()
+            self._carry_out(self.batcher.cancel(seq.name, self._agenda.now))
             return
         if seq in self._waiting:
             self._waiting.remove(seq)
@@ -151,7 +132,8 @@ class SimInstance:
             return
         seq.available = tokens
         if seq.is_submitted:
-            self._apply(Extended(seq.name, tokens))
+            self._cut_short()
+            self._carry_out(self.batcher.extend(seq.name, tokens, self._agenda.now))
 
     def pace(self, pauses: bool) -> None:
         """Pause after each step for as long as it took, as long as a token still comes every `max_gap_s`; or do not."""
@@ -162,17 +144,26 @@ class SimInstance:
     def tick(self) -> None:
         """Time passed; of interest to a Batcher that has work and no step, or too few pages."""
         if self.sequences and (self._step is None or self.batcher.is_short):
-            self._apply(Tick())
+            self._cut_short()
+            self._carry_out(self.batcher.tick(self._agenda.now))
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens to compute, with those of prompts that wait for their KV or for pages."""
+        tokens = self.batcher.waiting_tokens
+        for seq in self._coming():
+            tokens += seq.num_tokens - seq.prefix_tokens
+        return tokens
 
     def load(self) -> InstanceLoad:
         """The queues now, with what waits for its KV or for pages, and what the pool could give."""
-        waiting = waiting_tokens = 0
-        for seq in self._absent:
-            if not seq.is_adopted and not seq.is_cancelled:
-                waiting += 1
-                waiting_tokens += seq.num_tokens - seq.prefix_tokens
-        free_tokens = self.memory.free_tokens
-        return self.batcher.load(waiting=waiting, waiting_tokens=waiting_tokens, free_kv_tokens=free_tokens)
+        coming = self._coming()
+        tokens, free_tokens = sum([seq.num_tokens - seq.prefix_tokens for seq in coming]), self.memory.free_tokens
+        return self.batcher.load(waiting=len(coming), waiting_tokens=tokens, free_kv_tokens=free_tokens)
+
+    def _coming(self) -> list[Seq]:
+        """Prompts that the Batcher does not know yet."""
+        return [seq for seq in self._absent if not seq.is_adopted and not seq.is_cancelled]
 
     @property
     def is_idle(self) -> bool:
@@ -215,20 +206,19 @@ class SimInstance:
             seq.attempt.offered = None
         elif seq.num_tokens - seq.prefix_tokens == 1 and seq.stage is None:
             self._decoding.add_single(seq)
-        self._apply(
-            Submitted(
-                request_id=seq.name,
-                num_tokens=seq.num_tokens,
-                num_computed=seq.prefix_tokens,
-                max_total_tokens=seq.job.total_tokens,
-                pages=pages,
-                hand_off=seq.hands_off,
-                rank=seq.rank,
-                share=seq.share,
-                available=seq.available,
-                is_stage=seq.stage is not None,
-            )
+        sequence = Sequence(
+            seq.name,
+            num_tokens=seq.num_tokens,
+            num_computed=seq.prefix_tokens,
+            max_total_tokens=seq.job.total_tokens,
+            pages=pages,
+            hand_off=seq.hands_off,
+            share=seq.share,
+            available=seq.available,
+            is_stage=seq.stage is not None,
         )
+        self._cut_short()
+        self._carry_out(self.batcher.submit(sequence, self._agenda.now, rank=seq.rank))
 
     def _serve_waiting(self) -> None:
         """In order of arrival, as far as there are pages. Nobody here to free any: the first can never run."""
@@ -284,20 +274,13 @@ class SimInstance:
 
     # --- what the Batcher wants --------------------------------------------------------------------------------
 
-    def _apply(self, event: Event) -> None:
-        if self._is_applying:
-            self._inbox.append(event)
-            return
-        self._is_applying = True
-        batcher, now = self.batcher, self._agenda.now
-        following: Event | None = event
-        while following is not None:
-            if self._repeats > 1 and self._step is not None:
-                self._cut()
-            for command in batcher.handle(following, now):
-                _HANDLERS[type(command)](self, command)
-            following = self._inbox.pop(0) if self._inbox else None
-        self._is_applying = False
+    def _carry_out(self, commands: list[BatcherCommand]) -> None:
+        """All that it says, then what it says to the pages that it asked for."""
+        self._do(commands)
+        while self._granted is not None:
+            pages, self._granted = self._granted, None
+            self._cut_short()
+            self._do(self.batcher.grant(pages, self._agenda.now))
         if self._told or self._handed or self._ended:
             self._tell()
         if self._waiting or self._parked:
@@ -305,20 +288,33 @@ class SimInstance:
         else:
             self._num_left = 0
 
-    def _published(self, command: Publish) -> None:
-        self.memory.publish(self.sequences[command.request_id], command.first, command.pages)
-
-    def _need_pages(self, command: NeedPages) -> None:
-        self._inbox.append(PagesGranted(self.memory.reserve(command.count)))
+    def _do(self, commands: list[BatcherCommand]) -> None:
+        for command in commands:
+            match command:
+                case Step():
+                    self._begin(command)
+                case Publish():
+                    self.memory.publish(self.sequences[command.request_id], command.first, command.pages)
+                case NeedPages():
+                    self._granted = self.memory.reserve(command.count)
+                case Release():
+                    self._release(command)
+                case HandOff():
+                    self._hand_off(command)
+                case ReturnPages():
+                    self.memory.revoke(command.pages)
+                case Preempt():
+                    self._preempt(command)
+                case Starved():
+                    self._starved(command)
+                case _:
+                    raise AssertionError(f"the Batcher said {command!r}")
 
     def _hand_off(self, command: HandOff) -> None:
         seq = self.sequences[command.request_id]
         self.memory.offer(seq, command.pages, self._agenda.now + OFFER_S)
         self._forget(seq)
         self._handed.append(seq)
-
-    def _return_pages(self, command: ReturnPages) -> None:
-        self.memory.revoke(command.pages)
 
     def _starved(self, command: Starved) -> None:
         seq = self.sequences[command.request_id]
@@ -358,8 +354,7 @@ class SimInstance:
         seconds = 0.0
         for chunk in step.chunks:
             seq = self.sequences[chunk.request_id]
-            start: int = chunk.start
-            length: int = chunk.length
+            start, length = chunk.start, chunk.length
             seconds += costs.prefill_s(length, start) * seq.share
             seq.computed, seq.samples = start + length, chunk.samples
             self._prompts.append(seq)
@@ -413,8 +408,13 @@ class SimInstance:
             passes = elapsed_s / first_s if first_s else 0.0
         return max(1, math.ceil(passes - 1e-9)) if whole else min(self._passes, math.floor(passes + 1e-9))
 
+    def _cut_short(self) -> None:
+        """The Batcher is about to be told something that the next pass should know."""
+        if self._repeats > 1 and self._step is not None:
+            self._cut()
+
     def _cut(self) -> None:
-        """Something has happened: end the step with the pass in flight."""
+        """End the step with the pass in flight."""
         passes = self._passes_by(self._agenda.now, whole=True)
         if passes < self._passes:
             self._passes = passes
@@ -436,7 +436,7 @@ class SimInstance:
             seconds = now - self._start_s if passes == 1 else self._first_s + (passes - 1) * self._growth_s
             self._resumes_s = now + max(0.0, min(seconds, self._max_gap_s - seconds))
         self._computed(now)
-        self._apply(StepDone((), passes))
+        self._carry_out(self.batcher.step_done(passes, now))
 
     def _computed(self, now: float) -> None:
         """Note the tokens that chunks gave; those of sequences that stay here are to be told to the hub."""
@@ -480,16 +480,3 @@ class _StepEnd(Planned):
 
     def happen(self) -> None:
         self.instance.end(self.number)
-
-
-_HANDLERS: Final[dict[type[Command], Callable[[SimInstance, Any], None]]] = {
-    Step: SimInstance._begin,
-    Publish: SimInstance._published,
-    NeedPages: SimInstance._need_pages,
-    Release: SimInstance._release,
-    HandOff: SimInstance._hand_off,
-    ReturnPages: SimInstance._return_pages,
-    Preempt: SimInstance._preempt,
-    Starved: SimInstance._starved,
-}
-"""All that a Batcher says."""

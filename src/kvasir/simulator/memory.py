@@ -10,18 +10,15 @@ from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import (
     AdoptLease,
     KeyedSlot,
-    LeaseBlocks,
     Leased,
     LoadDone,
     Loaded,
     Loading,
     LoadStart,
-    OfferLease,
     OwnerLost,
     PutEnd,
     PutRevoke,
     PutStart,
-    ReleaseLease,
     Reserved,
 )
 from kvasir.simulator.jobs import Seq
@@ -95,10 +92,8 @@ class Memory(ABC):
     # --- calls to the node's pool, for both kinds of memory ----------------------------------------------------
 
     def _lease(self, seq: Seq, keys: tuple[BlockKey, ...]) -> tuple[int, ...]:
-        answer = self._node.handle(LeaseBlocks(self._owner, self._epoch, seq.name, keys))
-        assert isinstance(answer, Leased), answer
         seq.has_lease = True
-        return answer.slots
+        return self._node.lease(self._owner, self._epoch, seq.name, keys)
 
     def _usable(self, seq: Seq) -> int:
         """Blocks that can be taken from a cache: at least one token is left to compute."""
@@ -160,12 +155,12 @@ class SharedMemory(Memory):
         reserved = self._node.handle(PutStart(self._owner, self._epoch, count - slots))
         assert isinstance(reserved, Reserved), reserved
         if slots + len(reserved.slots) < count:
-            self._node.handle(ReleaseLease(self._owner, self._epoch, seq.name, reserved.slots))
+            self._node.release(self._owner, self._epoch, seq.name, reserved.slots)
             seq.has_lease = False
             return False
         blocks = tuple(KeyedSlot(keys[i], slot) for i, slot in enumerate(reserved.slots[: full - slots], start=slots))
         self._node.handle(PutEnd(self._owner, self._epoch, seq.name, blocks))
-        self._node.handle(OfferLease(self._owner, self._epoch, seq.name, reserved.slots[full - slots :], math.inf))
+        self._node.offer(self._owner, self._epoch, seq.name, reserved.slots[full - slots :], math.inf)
         return True
 
     def reserve(self, count: int) -> tuple[int, ...]:
@@ -182,11 +177,11 @@ class SharedMemory(Memory):
         self._node.handle(PutEnd(self._owner, self._epoch, seq.name, keyed))
 
     def offer(self, seq: Seq, pages: tuple[int, ...], deadline_s: float) -> None:
-        self._node.handle(OfferLease(self._owner, self._epoch, seq.name, pages, deadline_s))
+        self._node.offer(self._owner, self._epoch, seq.name, pages, deadline_s)
         seq.has_lease = False
 
     def release(self, seq: Seq, pages: tuple[int, ...]) -> None:
-        self._node.handle(ReleaseLease(self._owner, self._epoch, seq.name, pages))
+        self._node.release(self._owner, self._epoch, seq.name, pages)
         seq.has_lease = False
 
     @property
@@ -282,13 +277,13 @@ class DeviceMemory(Memory):
 
     def offer(self, seq: Seq, pages: tuple[int, ...], deadline_s: float) -> None:
         self._give_back(seq, pages)
-        self._node.handle(OfferLease(self._owner, self._epoch, seq.name, (), math.inf))
+        self._node.offer(self._owner, self._epoch, seq.name, (), math.inf)
         seq.has_lease = False
 
     def release(self, seq: Seq, pages: tuple[int, ...]) -> None:
         self._give_back(seq, pages)
         if seq.has_lease:
-            self._node.handle(ReleaseLease(self._owner, self._epoch, seq.name))
+            self._node.release(self._owner, self._epoch, seq.name)
             seq.has_lease = False
 
     def _give_back(self, seq: Seq, pages: tuple[int, ...]) -> None:

@@ -166,12 +166,12 @@ class Network:
             return
         self._leave(flow)
         if flow.latency_s:
-            self._agenda.at(self._agenda.now + flow.latency_s, self._arrived, (flow, version))
+            self._agenda.plan(self._agenda.now + flow.latency_s, _Arrived(self, flow, version))
         else:
-            self._arrived((flow, version))
+            self.arrived(flow, version)
 
-    def _arrived(self, planned: tuple[Flow, int]) -> None:
-        flow, version = planned
+    def arrived(self, flow: Flow, version: int) -> None:
+        """Its last byte should have come by now."""
         if flow.version == version:
             flow.then(flow)
             flow.forget()
@@ -198,3 +198,10 @@ class _Sent(Planned):
 
     def happen(self) -> None:
         self.network.sent(self.flow, self.version)
+
+
+class _Arrived(_Sent):
+    __slots__ = ()
+
+    def happen(self) -> None:
+        self.network.arrived(self.flow, self.version)

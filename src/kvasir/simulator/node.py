@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from kvasir.core.events import BlocksRemoved, BlocksStored, Event, Inventory
+from kvasir.core.events import Inventory
 from kvasir.core.keys import BlockKey
 from kvasir.core.pool_events import (
     Erase,
-    LeaseBlocks,
     Leased,
     Loaded,
     Loading,
     OwnerJoined,
     PoolAnswer,
     PoolEvent,
-    PutBlocks,
     Refused,
-    ReleaseLease,
     Removed,
     Reserved,
     Spill,
@@ -30,6 +27,7 @@ from kvasir.core.pool_events import (
 from kvasir.core.tier import Tier
 from kvasir.pool.node import PoolNode
 from kvasir.simulator.agenda import Agenda
+from kvasir.simulator.listener import Listener
 from kvasir.simulator.network import Flow, Network, Pipe
 from kvasir.simulator.spec import NodeSpec
 
@@ -53,7 +51,7 @@ class SimNode:
         block_bytes: float,
         agenda: Agenda,
         network: Network,
-        tell: Callable[[Event], None],
+        listener: Listener,
     ):
         self.spec = spec
         self.id = spec.id
@@ -66,7 +64,7 @@ class SimNode:
         self.ssd_in = Pipe(spec.ssd_write_bandwidth)
         self._make_pool = make_pool
         self._agenda = agenda
-        self._tell = tell
+        self._listener = listener
         self._seq = 0
         self.start()
 
@@ -88,8 +86,11 @@ class SimNode:
 
     def handle(self, event: PoolEvent) -> Answer:
         """The answer for the owner that asked; None when there is nothing to say."""
+        return self._hear(self.pool.handle(event, self._agenda.now))
+
+    def _hear(self, answers: list[PoolAnswer]) -> Answer:
         answer: Answer = None
-        for said in self.pool.handle(event, self._agenda.now):
+        for said in answers:
             hear = _HEARD.get(type(said))
             if hear is None:
                 answer = said  # type: ignore[assignment]
@@ -98,12 +99,15 @@ class SimNode:
         return answer
 
     def _stored(self, said: Stored) -> None:
+        self._tell_stored(said.keys, said.tier)
+
+    def _tell_stored(self, keys: tuple[BlockKey, ...], tier: Tier) -> None:
         self._seq += 1
-        self._tell(BlocksStored(self.id, self._seq, said.keys, said.tier))
+        self._listener.blocks_stored(self.id, self._seq, keys, tier)
 
     def _removed(self, said: Removed) -> None:
         self._seq += 1
-        self._tell(BlocksRemoved(self.id, self._seq, said.keys, said.tier))
+        self._listener.blocks_removed(self.id, self._seq, said.keys, said.tier)
 
     def _erase(self, said: Erase) -> None:
         for ssd_slot in said.ssd_slots:
@@ -112,7 +116,7 @@ class SimNode:
     @property
     def num_blocks(self) -> int:
         """Blocks that can be read here."""
-        return self.pool.stats().published
+        return self.pool.num_blocks
 
     def inventory(self) -> Inventory:
         return Inventory(self.spec.id, self._seq, self.pool.inventory(), self.pool.inventory(Tier.SSD))
@@ -127,22 +131,42 @@ class SimNode:
 
         self._network.start((self.ssd_in,), self._block_bytes, written)
 
+    # --- what is asked most often ------------------------------------------------------------------------------
+
+    def lease(self, owner: str, epoch: int, lease: str, keys: tuple[BlockKey, ...]) -> tuple[int, ...]:
+        """Open a lease over the longest prefix of `keys` that is here; its slots."""
+        answer = self._hear(self.pool.lease_blocks(owner, epoch, lease, keys, self._agenda.now))
+        assert isinstance(answer, Leased), answer
+        slots: tuple[int, ...] = answer.slots
+        return slots
+
+    def put(self, owner: str, epoch: int, lease: str, keys: tuple[BlockKey, ...]) -> tuple[int, ...]:
+        """Publish blocks that have arrived, under a lease of the owner; their slots, fewer when the pool is full."""
+        put = self.pool.put_blocks(owner, epoch, lease, keys, self._agenda.now)
+        self._hear(put.before)
+        if put.stored:
+            self._tell_stored(put.stored, _DRAM)
+        self._hear(put.after)
+        return put.slots
+
+    def offer(self, owner: str, epoch: int, lease: str, slots: tuple[int, ...], deadline_s: float) -> None:
+        self._hear(self.pool.offer_lease(owner, epoch, lease, slots, deadline_s, self._agenda.now))
+
+    def release(self, owner: str, epoch: int, lease: str, slots: tuple[int, ...] = ()) -> None:
+        self._hear(self.pool.release_lease(owner, epoch, lease, slots, self._agenda.now))
+
     # --- on behalf of others -----------------------------------------------------------------------------------
 
     def lend(self, lease: str, keys: tuple[BlockKey, ...]) -> int:
         """Open a lease for a reader elsewhere over the longest prefix of `keys` that is here; its blocks."""
-        answer = self.handle(LeaseBlocks(MESSENGER, 0, lease, keys))
-        return len(answer.slots) if isinstance(answer, Leased) else 0
+        return len(self.lease(MESSENGER, 0, lease, keys))
 
     def close(self, lease: str) -> None:
         """Close a lease of the messenger, or one on offer."""
-        self.handle(ReleaseLease(MESSENGER, 0, lease))
+        self.release(MESSENGER, 0, lease)
 
-    def put(self, owner: str, epoch: int, lease: str, keys: tuple[BlockKey, ...]) -> tuple[int, ...]:
-        """Publish blocks that have arrived, under a lease of the owner; their slots, fewer when the pool is full."""
-        reserved = self.handle(PutBlocks(owner, epoch, lease, keys))
-        return reserved.slots if isinstance(reserved, Reserved) else ()
 
+_DRAM: Final = Tier.DRAM
 
 _HEARD: Final[dict[type[PoolAnswer], Callable[[SimNode, Any], None]]] = {
     Stored: SimNode._stored,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from array import array
 from collections.abc import Callable
 
 import numpy as np
@@ -33,13 +32,13 @@ class RecordBook:
     def __init__(self, trace: Trace, then: Callable[[], None]):
         self._then = then
         count = len(trace.requests)
-        self._arrival = array("d", [request.arrival_s for request in trace.requests])
-        self._input = array("q", [request.input_tokens for request in trace.requests])
-        self._output = array("q", [0]) * count
-        self._cached = array("q", [0]) * count
-        self._ttft = array("d", [math.nan]) * count
-        self._tbt = array("d", [math.nan]) * count
-        self._end = array("d", [math.nan]) * count
+        self._arrival = [request.arrival_s for request in trace.requests]
+        self._input = [request.input_tokens for request in trace.requests]
+        self._output = [0] * count
+        self._cached = [0] * count
+        self._ttft = [math.nan] * count
+        self._tbt = [math.nan] * count
+        self._end = [math.nan] * count
         self._status: list[Status | None] = [None] * count
         self._reason: list[str | None] = [None] * count
         self.num_ended = 0

@@ -74,6 +74,7 @@ class Simulation:
         self._hot = HotBlocks(config.num_hot if config.sample_s else 0)
         self._decisions: list[Decision] | None = [] if config.keep_decisions else None
         self._keys = PromptKeys(trace.block_tokens, cluster.block_tokens)
+        self._max_tokens: int = config.max_tokens
         self._position = 0
         self._seen = 0  # outcomes as of the last tick
         self._reported = 0
@@ -87,7 +88,7 @@ class Simulation:
             make_pool = partial(brains.pool, strategy, cluster, node)
             block_bytes = cluster.block_tokens * cluster.kv_bytes_per_token
             self.hub.nodes[node.id] = SimNode(
-                node, make_pool, block_bytes=block_bytes, agenda=self._agenda, network=self._network, tell=self.hub.tell
+                node, make_pool, block_bytes=block_bytes, agenda=self._agenda, network=self._network, listener=self.hub
             )
         self._cores: dict[str, Cores] = {}
         if cluster.low_share is not None and cluster.low_share < 1.0:
@@ -205,7 +206,7 @@ class Simulation:
                 Request(
                     id=job.id,
                     num_prompt_tokens=job.prompt_tokens,
-                    max_tokens=max(job.output_tokens, self._config.max_tokens),
+                    max_tokens=max(job.output_tokens, self._max_tokens),
                     keys=job.keys,
                     arrival_s=job.arrival_s,
                 ),

@@ -42,13 +42,15 @@ def best_of_few(scores: list[float], candidate: Callable[[int], Candidate], why:
 def _least(scores: list[float], count: int) -> list[int]:
     """The rows of the least scores, in order; of equals the first goes first."""
     rows: list[int] = []
+    most = math.inf  # of those in `rows`
     for row, score in enumerate(scores):
         if len(rows) == count:
-            if score >= scores[rows[-1]]:
+            if score >= most:
                 continue
             rows.pop()
         place = len(rows)
         while place and score < scores[rows[place - 1]]:
             place -= 1
         rows.insert(place, row)
+        most = scores[rows[-1]]
     return rows

@@ -90,7 +90,8 @@ def _pipeline(view: ClusterView | FewView, alone: Choice, free_first: list[int])
 def _where_wanted_of_few(view: FewView, ttft_s: list[float]) -> list[float]:
     """As `_where_wanted`."""
     known = view.prefillers
-    ttft_s = _only([known[row].pace == 1.0 or seconds <= SLACK_HORIZON_S for row, seconds in enumerate(ttft_s)], ttft_s)
+    if any(known[row].pace < 1.0 and s > SLACK_HORIZON_S for row, s in enumerate(ttft_s)):
+        ttft_s = _only([known[row].pace == 1.0 or s <= SLACK_HORIZON_S for row, s in enumerate(ttft_s)], ttft_s)
     exposed_s = view.transfer_s(view.num_prompt_tokens) - view.rest_s
     if exposed_s > SMOOTH * view.tbt_s:
         limit_s = MARGIN * view.due_in_s
