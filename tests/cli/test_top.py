@@ -44,6 +44,7 @@ def status_of(**changes: Any) -> dict[str, Any]:
     transport = {"name": "tcp", "bytes": 8 << 20, "transfers": 4, "failures": 1, "retries": 2, "seconds": 0.2, "queued": 3}
     instance = {"id": "prefill-0", "role": "prefill", "node": "node0", "epoch": 1, "running": 2, "waiting": 3}
     instance |= {"waiting_tokens": 1234, "context_tokens": 500, "free_kv_tokens": 0, "heartbeat_age_s": 0.1}
+    instance |= {"prefill_scale": 3.25, "decode_scale": None}
     instance |= {"prompt_tokens": 1000, "output_tokens": 10}
     decision = {"request_id": "cmpl-abcdef", "age_s": 2.0, "policy": "mooncake", "prefill": "prefill-0", "decode": "decode-0"}
     decision |= {
@@ -80,7 +81,7 @@ class TestPicture:
         text = drawn(screen(status_of(), None))
         for piece in (
             "ready", "up 1m 15s", "requests 20", "slo_ttft 4", "SLO met by 75.0%", "100 ms / 200 ms / 300 ms",
-            "25.0% of them from cache", "prefill-0", "1,234", "50 of 100", "50.0 MiB", "50.0%", "tcp",
+            "25.0% of them from cache", "prefill-0", "1,234", "3.25/-", "50 of 100", "50.0 MiB", "50.0%", "tcp",
             "8.0 MiB", "50 ms", "abc", "p1", "1m 30s",
             "prefill-0 → decode-0", "500 ms", "least TTFT: wait 1 s", "decode is full",
         ):  # fmt: skip
@@ -91,12 +92,12 @@ class TestPicture:
         later["instances"] = [later["instances"][0] | {"prompt_tokens": 3000, "output_tokens": 11}]
         text = drawn(screen(later, status_of()))
         (line,) = [line for line in text.splitlines() if line.startswith("prefill-0 ") and "1,234" in line]
-        assert line.split()[-2:] == ["1,000", "0.5"]
+        assert line.split()[-3:-1] == ["1,000", "0.5"]
 
     def test_a_server_that_started_again_has_no_rates_yet(self) -> None:
         text = drawn(screen(status_of(time_s=3.0), status_of()))
         (line,) = [line for line in text.splitlines() if line.startswith("prefill-0 ") and "1,234" in line]
-        assert line.split()[-2:] == ["-", "-"]
+        assert line.split()[-3:-1] == ["-", "-"]
 
     def test_an_idle_cluster_of_nothing_can_be_shown(self) -> None:
         latency = {"of_last": 0, "ttft_s": None, "tbt_s": None}

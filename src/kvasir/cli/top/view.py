@@ -65,7 +65,7 @@ def _requests(status: Status, earlier: Status | None) -> Table:
 
 def _instances(status: Status, earlier: Status | None) -> Table:
     table = _table(
-        "instance", "role", "node", ">running", ">waiting", ">waiting tok", ">context tok", ">in tok/s", ">out tok/s"
+        "instance", "role", "node", ">running", ">waiting", ">waiting tok", ">context tok", ">in tok/s", ">out tok/s", ">scale"
     )
     for instance in status["instances"]:
         name = instance["id"]
@@ -77,6 +77,7 @@ def _instances(status: Status, earlier: Status | None) -> Table:
             escape(instance["node"]),
             *(f"{instance[key]:,}" for key in ("running", "waiting", "waiting_tokens", "context_tokens")),
             *(_instance_rate(status, earlier, name, key) for key in ("prompt_tokens", "output_tokens")),
+            "/".join("-" if instance[key] is None else f"{instance[key]:g}" for key in ("prefill_scale", "decode_scale")),
         )
     return table
 
