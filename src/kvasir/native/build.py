@@ -23,20 +23,38 @@ MODULES = {
 """What runs for every request. It must not define Structs, which mypyc does not know, nor what goes to other processes."""
 
 PROGRAM = """
-import sys
+import os, sys
+from concurrent.futures import ThreadPoolExecutor
 from mypyc.build import mypycify
 from setuptools import setup
+from distutils.ccompiler import CCompiler  # that of setuptools, which comes first
+
+def compile(self, sources, output_dir=None, macros=None, include_dirs=None, debug=False,
+            extra_preargs=None, extra_postargs=None, depends=None):
+    macros, objects, after, options, todo = self._setup_compile(
+        output_dir, macros, include_dirs, sources, depends, extra_postargs)
+    before = self._get_cc_args(options, debug, extra_preargs)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda made: self._compile(made, *todo[made], before, after, options), objects))
+    return objects
+
+CCompiler.compile = compile  # a file on each core, where setuptools would compile one after the other
 target, *files = sys.argv[1:]
 extensions = mypycify(
-    ["--ignore-missing-imports", *files], opt_level="2", debug_level="0", target_dir=target, group_name="kvasir_rooms"
+    ["--ignore-missing-imports", *files],
+    opt_level="2",
+    debug_level="0",
+    target_dir=target,
+    group_name="kvasir_rooms",
+    multi_file=True,
 )
 for extension in extensions:
     extension.extra_compile_args += ["-fvisibility=hidden", "-fno-plt"]  # calls of each other and of Python are direct
-arguments = ["-q", "build_ext", "--build-lib", f"{target}/lib", "--build-temp", target]
+arguments = ["-q", "build_ext", "--parallel", str(os.cpu_count()), "--build-lib", f"{target}/lib", "--build-temp", target]
 setup(ext_modules=extensions, packages=[], script_args=arguments)
 """
 
-DEADLINE_S = 900.0  # takes three minutes here
+DEADLINE_S = 900.0  # takes 70 s on two cores
 
 
 class NativeUnavailableError(RuntimeError):
