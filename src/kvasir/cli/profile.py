@@ -48,8 +48,8 @@ def profile(
 
         kvasir profile ./Qwen3-0.6B
 
-    Run it while nothing else runs. Without a profile `kvasir serve` starts from a roofline of a typical device; with either, its
-    predictions follow what its steps take.
+    Run it while nothing else runs. Without a profile `kvasir serve` starts from a roofline of a typical device; with either,
+    its predictions follow what its steps take.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads or os.cpu_count() or 1)
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
