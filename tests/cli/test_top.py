@@ -81,7 +81,7 @@ class TestPicture:
         text = drawn(screen(status_of(), None))
         for piece in (
             "ready", "up 1m 15s", "requests 20", "slo_ttft 4", "SLO met by 75.0%", "100 ms / 200 ms / 300 ms",
-            "25.0% of them from cache", "prefill-0", "1,234", "3.25/-", "50 of 100", "50.0 MiB", "50.0%", "tcp",
+            "25.0% of them from cache", "prefill-0", "1,234", "3.2", "50 of 100", "50.0 MiB", "50.0%", "tcp",
             "8.0 MiB", "50 ms", "abc", "p1", "1m 30s",
             "prefill-0 → decode-0", "500 ms", "least TTFT: wait 1 s", "decode is full",
         ):  # fmt: skip

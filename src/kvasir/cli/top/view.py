@@ -77,9 +77,16 @@ def _instances(status: Status, earlier: Status | None) -> Table:
             escape(instance["node"]),
             *(f"{instance[key]:,}" for key in ("running", "waiting", "waiting_tokens", "context_tokens")),
             *(_instance_rate(status, earlier, name, key) for key in ("prompt_tokens", "output_tokens")),
-            "/".join("-" if instance[key] is None else f"{instance[key]:g}" for key in ("prefill_scale", "decode_scale")),
+            _scales(instance),
         )
     return table
+
+
+def _scales(instance: dict[str, Any]) -> str:
+    """Of the phases that the instance has: how many times as long as predicted they take."""
+    phases = ("prefill", "decode") if instance["role"] == "mixed" else (instance["role"],)
+    measured = [instance[f"{phase}_scale"] for phase in phases]
+    return "/".join("-" if scale is None else f"{scale:.2g}" for scale in measured)
 
 
 def _tiers(status: Status, earlier: Status | None) -> Table:
