@@ -20,10 +20,10 @@ from kvasir.cli.costs import profile_path
 from kvasir.cluster.config import BUILTIN_MODEL, ServeConfig, load_config
 from kvasir.cluster.model import model_spec
 from kvasir.core.errors import ConfigError
-from kvasir.core.request import Sampling
 from kvasir.core.units import format_duration, parse_duration
 from kvasir.costs.fitted import DecodeSample, FittedCost, PrefillSample, fit_decode, fit_prefill
 from kvasir.engine.interface import Engine, SequenceSlice, Slots
+from kvasir.engine.trial import decode_step, prefill_step
 
 PREFILL_NEW = (64, 256, 512, 1024, 2048, 4096)
 PREFILL_CACHED = (0, 1024, 4096, 8192)
@@ -31,8 +31,6 @@ DECODE_BATCH = (1, 4, 8, 16, 32)
 DECODE_CONTEXT = (128, 1024, 4096)
 REPEATS = 3
 COPY_BYTES = 256 << 20
-
-_GREEDY = Sampling(temperature=0.0)
 
 
 def profile(
@@ -81,19 +79,20 @@ async def _profile(config: ServeConfig, out: Path | None, *, budget_s: float) ->
 async def _measure(engine: Engine, console: Console, budget_s: float) -> tuple[list[PrefillSample], list[DecodeSample]]:
     """Smallest sizes first, so that a slow model still gives enough of them within the budget."""
     deadline = time.monotonic() + budget_s
+    pages = range(_num_pages(engine))
     prefills: list[PrefillSample] = []
     decodes: list[DecodeSample] = []
-    await _seconds(engine, _prefill_slices(engine, 64, 0))
+    await _seconds(engine, prefill_step(engine.spec, pages, 64))
     sizes = list(_sizes(engine))
     with Progress(console=console, transient=True) as progress:
         for kind, first, second in progress.track(sizes, description="measuring"):
             if time.monotonic() > deadline and len(prefills) >= 6 and len(decodes) >= 6:
                 break
             if kind == "prefill":
-                seconds = await _seconds(engine, _prefill_slices(engine, first, second))
+                seconds = await _seconds(engine, prefill_step(engine.spec, pages, first, second))
                 prefills.append(PrefillSample(first, second, seconds))
             else:
-                seconds = await _seconds(engine, _decode_slices(engine, first, second))
+                seconds = await _seconds(engine, decode_step(engine.spec, pages, first, second))
                 decodes.append(DecodeSample(first, first * second, seconds))
     return prefills, decodes
 
@@ -114,23 +113,14 @@ async def _seconds(engine: Engine, slices: list[SequenceSlice]) -> float:
     return statistics.median([(await engine.step(slices)).seconds for _ in range(REPEATS)])
 
 
-def _prefill_slices(engine: Engine, new: int, cached: int) -> list[SequenceSlice]:
-    pages = range(-(-(new + cached) // engine.spec.block_tokens))
-    tokens = np.arange(new, dtype=np.uint32) % engine.spec.shape.vocab
-    return [SequenceSlice("prefill", tokens, cached, pages, _GREEDY)]
-
-
-def _decode_slices(engine: Engine, batch: int, context: int) -> list[SequenceSlice]:
-    """`batch` sequences on pages of their own, as far as the arena goes."""
-    per_sequence = -(-context // engine.spec.block_tokens)
-    pages = [range(i * per_sequence, (i + 1) * per_sequence) for i in range(batch)]
-    return [SequenceSlice(f"decode-{i}", [i + 1], context - 1, pages[i], _GREEDY) for i in range(batch)]
+def _num_pages(engine: Engine) -> int:
+    """Enough for every size."""
+    tokens = max(max(DECODE_BATCH) * max(DECODE_CONTEXT), max(PREFILL_NEW) + max(PREFILL_CACHED))
+    return tokens // engine.spec.block_tokens + 1
 
 
 def _private_slots(engine: Engine) -> Slots:
-    spec = engine.spec
-    tokens = max(max(DECODE_BATCH) * max(DECODE_CONTEXT), max(PREFILL_NEW) + max(PREFILL_CACHED))
-    count = tokens // spec.block_tokens + 1
+    spec, count = engine.spec, _num_pages(engine)
     memory = np.zeros(count * spec.slot_bytes, dtype=np.uint8)
     memory += 1  # touch the pages; the values do not matter for time as long as they are ordinary numbers
     return Slots(memory, spec.slot_bytes, np.zeros(count, dtype=np.uint32), np.zeros(count, dtype=np.uint32))

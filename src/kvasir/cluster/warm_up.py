@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-
-import numpy as np
-
 from kvasir.cluster.pool_client import Pool
 from kvasir.core.errors import KvasirError
-from kvasir.core.request import Sampling
-from kvasir.engine.interface import Engine, SequenceSlice
+from kvasir.engine.interface import Engine
+from kvasir.engine.trial import decode_step, prefill_step
 from kvasir.scheduling.batcher import Batcher
 
 PATIENCE_S = 2.0
@@ -20,8 +16,6 @@ BATCH = 8
 
 MEASURED = 2
 """Steps of each phase after the first."""
-
-_GREEDY = Sampling(temperature=0.0)
 
 
 async def warm_up(engine: Engine, pool: Pool, batcher: Batcher, *, chunk_tokens: int, max_batch: int) -> None:
@@ -39,31 +33,22 @@ async def warm_up(engine: Engine, pool: Pool, batcher: Batcher, *, chunk_tokens:
 
 
 async def _prefill(engine: Engine, batcher: Batcher, pages: tuple[int, ...], chunk_tokens: int) -> None:
-    block_tokens, limit = engine.spec.block_tokens, engine.spec.max_model_len
-    short = min(block_tokens, limit)
-    seconds = await _seconds(engine, [_chunk(engine, pages, short)])
-    length = min(chunk_tokens, len(pages) * block_tokens, limit)
+    spec = engine.spec
+    short = min(spec.block_tokens, spec.max_model_len)
+    seconds = (await engine.step(prefill_step(spec, pages, short))).seconds
+    length = min(chunk_tokens, len(pages) * spec.block_tokens, spec.max_model_len)
     length = length if seconds * length / short < PATIENCE_S else short
     for _ in range(MEASURED):
-        batcher.saw([(length, 0)], 0, 0, await _seconds(engine, [_chunk(engine, pages, length)]))
+        result = await engine.step(prefill_step(spec, pages, length))
+        batcher.saw([(length, 0)], 0, 0, result.seconds)
 
 
 async def _decode(engine: Engine, batcher: Batcher, pages: tuple[int, ...], max_batch: int) -> None:
-    context = min(engine.spec.block_tokens, engine.spec.max_model_len)
+    spec = engine.spec
+    context = min(spec.block_tokens, spec.max_model_len)
     batch = min(BATCH, max_batch, len(pages))
-    slices = [SequenceSlice(f"warm-{n}", [n + 1], context - 1, [pages[n]], _GREEDY) for n in range(batch)]
+    slices = decode_step(spec, pages, batch, context)
     await engine.step(slices)
     for _ in range(MEASURED):
-        batcher.saw([], batch, batch * context, await _seconds(engine, slices))
-
-
-def _chunk(engine: Engine, pages: tuple[int, ...], length: int) -> SequenceSlice:
-    tokens = np.arange(length, dtype=np.uint32) % engine.spec.shape.vocab
-    return SequenceSlice("warm", tokens, 0, pages[: -(-length // engine.spec.block_tokens)], _GREEDY)
-
-
-async def _seconds(engine: Engine, slices: list[SequenceSlice]) -> float:
-    clock = asyncio.get_running_loop().time
-    started_s = clock()
-    await engine.step(slices)
-    return clock() - started_s
+        result = await engine.step(slices)
+        batcher.saw([], batch, batch * context, result.seconds)
