@@ -83,7 +83,10 @@ class Conductor:
         return self._with_cores(self._finished(request_id, instance, output_tokens, now))
 
     def heartbeat(self, instance: str, epoch: int, waiting_tokens: int, now: float) -> list[Command]:
-        return self._with_cores(self._reported(instance, epoch, waiting_tokens, now))
+        known = self._living(instance, epoch)
+        if known is not None:
+            self._fleet.reported(known, waiting_tokens, settle_s=self._config.settle_s, now=now)
+        return self._with_cores([])
 
     def blocks_stored(self, node: str, seq: int, keys: tuple[BlockKey, ...], tier: Tier, now: float) -> list[Command]:
         return [Resync(node)] if self._directory.stored(node, seq, keys, tier) else []
@@ -189,7 +192,10 @@ class Conductor:
 
     def _was_homeless(self, request_id: str) -> bool:
         """Whether the request waited for an instance; it does no longer."""
-        return request_id in self._homeless and self._homeless.pop(request_id) is not None
+        if request_id not in self._homeless:
+            return False
+        del self._homeless[request_id]
+        return True
 
     def _prefill_done(self, request_id: str, instance: str, now: float) -> list[Command]:
         placed = self._held_by(instance, request_id)
@@ -354,9 +360,7 @@ class Conductor:
         return self._replace_instance(info.id, info, f"{info.id} started again", now)
 
     def _instance_lost(self, event: ev.InstanceLost, now: float) -> list[Command]:
-        known = self._fleet.get(event.instance)
-        if known is None or known.info.epoch != event.epoch:
-            self.counters["stale_events"] += 1
+        if self._living(event.instance, event.epoch) is None:
             return []
         return self._replace_instance(event.instance, None, f"{event.instance} was lost", now)
 
@@ -374,18 +378,19 @@ class Conductor:
         return [*stops, *again, *self._house(now), *self._review(now)]
 
     def _heartbeat(self, event: ev.Heartbeat, now: float) -> list[Command]:
-        known, load = self._fleet.get(event.instance), event.load
-        if known is not None and known.epoch == event.epoch:
+        known, load = self._living(event.instance, event.epoch), event.load
+        if known is not None:
             known.prefill_scale, known.decode_scale = load.prefill_scale, load.decode_scale
-        return self._reported(event.instance, event.epoch, load.waiting_tokens, now)
+            self._fleet.reported(known, load.waiting_tokens, settle_s=self._config.settle_s, now=now)
+        return []
 
-    def _reported(self, instance: str, epoch: int, waiting_tokens: int, now: float) -> list[Command]:
+    def _living(self, instance: str, epoch: int) -> Instance | None:
+        """This incarnation, if it is known. Else what was said of it is stale, and is counted."""
         known = self._fleet.get(instance)
         if known is None or known.epoch != epoch:
             self.counters["stale_events"] += 1
-        else:
-            self._fleet.reported(known, waiting_tokens, settle_s=self._config.settle_s, now=now)
-        return []
+            return None
+        return known
 
     def _with_cores(self, commands: list[Command]) -> list[Command]:
         """And who has to share cores differently by now."""
