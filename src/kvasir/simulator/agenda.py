@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 Call = Callable[[Any], None]
+
+MOST: Final = 512
+"""What a part of an agenda holds: to insert into one moves half of it, to look for one takes a few steps each."""
 
 
 class Planned:
@@ -33,17 +36,24 @@ class _Called(Planned):
 
 
 class Agenda:
-    """Calls in order. `now` is the time of the call that runs; nothing can be planned for the past."""
+    """Calls in order. `now` is the time of the call that runs; nothing can be planned for the past.
 
-    __slots__ = ("_is_stopped", "_planned", "now")
+    What is planned is a list kept in order, the next thing at its end: a few dozen for a few instances. Of a thousand
+    instances it would be thousands, which an insertion moves: then it is cut, and what comes later lies in `_later`, in parts
+    of at most `most`, each in order, the next part at the end.
+    """
 
-    def __init__(self) -> None:
-        self._planned: list[Planned] = []  # what happens next is at the end: few enough to be kept in order
+    __slots__ = ("_is_stopped", "_later", "_most", "_planned", "now")
+
+    def __init__(self, most: int = MOST) -> None:
+        self._most = most
+        self._planned: list[Planned] = []
+        self._later: list[list[Planned]] = []
         self._is_stopped = False
         self.now = 0.0
 
     def __len__(self) -> int:
-        return len(self._planned)
+        return len(self._planned) + sum(map(len, self._later))
 
     def at(self, time_s: float, call: Call, argument: Any = None) -> None:
         """Call `call(argument)` at `time_s`. What is planned cannot be taken back: the callee must know that it is void."""
@@ -54,7 +64,11 @@ class Agenda:
         if time_s < self.now:
             time_s = self.now
         what.time_s = time_s
-        planned = self._planned
+        later = self._later
+        part = len(later)
+        while part and later[part - 1][-1].time_s <= time_s:
+            part -= 1
+        planned = later[part] if part < len(later) else self._planned
         low, high = 0, len(planned)
         while low < high:
             middle = (low + high) >> 1
@@ -63,6 +77,9 @@ class Agenda:
             else:
                 high = middle
         planned.insert(low, what)
+        if len(planned) > self._most:
+            later.insert(part, planned[: self._most // 2])
+            del planned[: self._most // 2]
 
     def soon(self, call: Call, argument: Any = None) -> None:
         """At the present time, after all that is planned for it already."""
@@ -70,6 +87,8 @@ class Agenda:
 
     def step(self) -> None:
         """Let the next thing happen."""
+        if not self._planned and self._later:
+            self._planned = self._later.pop()
         planned = self._planned.pop()
         self.now = planned.time_s
         planned.happen()
