@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from random import Random
+from typing import Final
 
 from kvasir.core.events import InstanceInfo
 from kvasir.core.request import Slo
@@ -20,6 +21,9 @@ from kvasir.scheduling.strategy import Strategy
 from kvasir.simulator.config import SimConfig
 from kvasir.simulator.spec import ClusterSpec, MemoryKind, NodeSpec
 
+QUEUED_EACH: Final = 64
+"""A cluster of more than a few instances may hold so many requests for each before their prefill is done."""
+
 
 def conductor(strategy: Strategy, cluster: ClusterSpec, config: SimConfig, slo: Slo | ScaledSlo, rng: Random) -> Conductor:
     settings = ConductorConfig(
@@ -32,8 +36,8 @@ def conductor(strategy: Strategy, cluster: ClusterSpec, config: SimConfig, slo: 
     )
     if config.expected_output_tokens is not None:
         settings = replace(settings, expected_output_tokens=config.expected_output_tokens)
-    if config.max_queued is not None:
-        settings = replace(settings, max_queued=config.max_queued)
+    most = max(settings.max_queued, QUEUED_EACH * len(cluster.instances))
+    settings = replace(settings, max_queued=most if config.max_queued is None else config.max_queued)
     return strategy.conductor(settings, cluster.costs, slo, rng)
 
 

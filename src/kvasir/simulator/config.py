@@ -14,7 +14,8 @@ class SimConfig:
     `layerwise`: transfers of KV overlap compute, layer by layer; without it a prefill starts when its fetch has arrived
     and a hand-off starts when the prefill is done. `max_tokens` is what clients ask for, or a request's true output if that is
     longer; the scheduler never learns the true one. `max_repeats` bounds the decode passes made as one event.
-    `expected_output_tokens` and `max_queued` are the conductor's (None: its defaults), `stash_pages` the batchers'.
+    `expected_output_tokens` and `max_queued` are the conductor's (None: its default; 64 for each instance where that is more),
+    `stash_pages` the batchers'.
     State is sampled every `sample_s` (0: never), with the replicas of the `num_hot` most hit blocks. A simulation in which
     nothing happens for `stall_s` raises InvariantError. With `keep_decisions` the run carries its decision log.
     """
