@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
 from kvasir.costs.hardware import HARDWARE
-from kvasir.costs.model import CostModel
+from kvasir.costs.model import CostModel, Counts
 from kvasir.costs.quick import quick
 from kvasir.costs.roofline import RooflineCost, reference_cost
 from kvasir.costs.shapes import SHAPES
@@ -51,7 +51,7 @@ class Constant:
     def decode_step_s(self, batch: int, context_tokens: int) -> float:
         return 0.25
 
-    def decode_steps_s(self, batch: npt.NDArray[np.int64], context_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    def decode_steps_s(self, batch: Counts, context_tokens: Counts) -> npt.NDArray[np.float64]:
         return np.full(len(batch), 0.25)
 
     def transfer_s(self, num_bytes: int) -> float:

@@ -6,11 +6,10 @@ from collections.abc import AsyncIterator, Callable
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from kvasir.core.request import Sampling
-from kvasir.costs.model import Seconds
+from kvasir.costs.model import Counts, Seconds
 from kvasir.engine.checkpoint import read_spec
 from kvasir.engine.fake import FakeEngine
 from kvasir.engine.interface import Engine, ModelSpec
@@ -33,7 +32,7 @@ class NoTime:
     def decode_step_s(self, batch: int, context_tokens: int) -> float:
         return 0.0
 
-    def decode_steps_s(self, batch: npt.NDArray[np.int64], context_tokens: npt.NDArray[np.int64]) -> Seconds:
+    def decode_steps_s(self, batch: Counts, context_tokens: Counts) -> Seconds:
         return np.zeros(len(batch))
 
     def transfer_s(self, num_bytes: int) -> float:

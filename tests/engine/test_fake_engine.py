@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
-from kvasir.costs.model import Seconds
+from kvasir.costs.model import Counts, Seconds
 from kvasir.costs.shape import ModelShape
 from kvasir.engine.fake import FakeEngine
 from kvasir.engine.interface import ModelSpec
@@ -35,7 +34,7 @@ class Costs:
     def decode_step_s(self, batch: int, context_tokens: int) -> float:
         return 1e-2 + 1e-4 * context_tokens
 
-    def decode_steps_s(self, batch: npt.NDArray[np.int64], context_tokens: npt.NDArray[np.int64]) -> Seconds:
+    def decode_steps_s(self, batch: Counts, context_tokens: Counts) -> Seconds:
         return np.asarray(1e-2 + 1e-4 * context_tokens)
 
     def transfer_s(self, num_bytes: int) -> float:

@@ -14,7 +14,7 @@ from kvasir.scheduling.decode_choice import DECODE_RULES
 from kvasir.scheduling.policies import POLICIES, Choice, Mooncake
 from kvasir.scheduling.policies.llm_d import shortness
 from kvasir.scheduling.strategy import STRATEGIES
-from kvasir.scheduling.view import ClusterView, PrefillColumns
+from kvasir.scheduling.view import ClusterView, DecodeView, PrefillColumns
 from tests.scheduling.views import decode_columns, lengths
 
 COSTS = quick(FittedCost(PrefillFit(0.0, 1e-3, 0, 0), DecodeFit(0.010, 1e-3, 1e-6), 0.0, 1e6))  # 1 ms a token; 1 MB/s
@@ -79,8 +79,7 @@ def chosen(policy: str, view: ClusterView) -> str:
 
 
 def decode_by(rule: str, *rows: tuple[str, int, int, int]) -> str:
-    view = cluster(0)
-    view = ClusterView(view.prefills, decode_columns(*rows), 1000, 0, None, COSTS, 100)
+    view = DecodeView(decodes=decode_columns(*rows), num_prompt_tokens=1000, costs=COSTS, kv_bytes_per_token=100)
     return DECODE_RULES[rule](view, None, 1100).instance
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from kvasir.core.errors import ConfigError
+from kvasir.costs.model import Counts
 
 Array = npt.NDArray[np.float64]
 
@@ -74,7 +75,7 @@ class FittedCost(Struct, frozen=True, tag=True):
             return 0.0
         return self.decode.base_s + self.decode.per_sequence_s * batch + self.decode.per_context_token_s * context_tokens
 
-    def decode_steps_s(self, batch: npt.NDArray[np.int64], context_tokens: npt.NDArray[np.int64]) -> Array:
+    def decode_steps_s(self, batch: Counts, context_tokens: Counts) -> Array:
         fit = self.decode
         seconds: Array = fit.base_s + fit.per_sequence_s * batch + fit.per_context_token_s * context_tokens
         return seconds

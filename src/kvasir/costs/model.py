@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 Seconds = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64] | npt.NDArray[np.float64]
+"""Whole numbers."""
 
 
 class CostModel(Protocol):
@@ -21,7 +23,7 @@ class CostModel(Protocol):
         """One token for each of `batch` sequences, whose contexts sum to `context_tokens`."""
         ...
 
-    def decode_steps_s(self, batch: npt.NDArray[np.int64], context_tokens: npt.NDArray[np.int64]) -> Seconds:
+    def decode_steps_s(self, batch: Counts, context_tokens: Counts) -> Seconds:
         """`decode_step_s` for many instances at once; every batch is at least 1."""
         ...
 

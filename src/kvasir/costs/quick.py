@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvasir.costs.fitted import FittedCost
-from kvasir.costs.model import CostModel
+from kvasir.costs.model import CostModel, Counts
 from kvasir.costs.roofline import RooflineCost
 
 FULL_STEP: Final = 512
@@ -52,7 +52,7 @@ class QuickCosts:
     def decode_step_s(self, batch: int, context_tokens: int) -> float:
         return self._costs.decode_step_s(batch, context_tokens) * self.decode_scale
 
-    def decode_steps_s(self, batch: npt.NDArray[np.int64], context_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    def decode_steps_s(self, batch: Counts, context_tokens: Counts) -> npt.NDArray[np.float64]:
         return self._costs.decode_steps_s(batch, context_tokens) * self.decode_scale
 
     def transfer_s(self, num_bytes: int) -> float:

@@ -12,6 +12,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from kvasir.costs.hardware import HARDWARE, Hardware
+from kvasir.costs.model import Counts
 from kvasir.costs.shape import ModelShape
 
 LLAMA3_70B = ModelShape(
@@ -61,7 +62,7 @@ class RooflineCost(Struct, frozen=True, tag=True):
                 seconds = flops_s
         return hw.step_overhead_s + seconds
 
-    def decode_steps_s(self, batch: npt.NDArray[np.int64], context_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    def decode_steps_s(self, batch: Counts, context_tokens: Counts) -> npt.NDArray[np.float64]:
         hw, shape = self.hardware, self.shape
         read_bytes = shape.weight_bytes + context_tokens * float(shape.kv_bytes_per_token)
         seconds: npt.NDArray[np.float64] = np.true_divide(read_bytes, hw.effective_memory_bandwidth)

@@ -14,8 +14,8 @@ MODULES = {
     "core": "batcher_commands",
     "costs": "calibration quick",
     "pool": "cost_aware directory eviction ghosts leases match node reuse runs slots ssd story",
-    "scheduling": "admission batcher book chunking columns conductor decode_choice decode_set few fleet instance many placed"
-    " placer plan queues ranks replication roles sequence step_former",
+    "scheduling": "admission batcher book chunking columns conductor contenders decode_choice decode_set few fleet instance"
+    " many placed placer plan queues ranks replication roles sequence step_former",
     "scheduling/policies": "best choice dynamo kvasir mooncake",
     "store/messenger": "fair_queue spans tcp_channel tcp_path tcp_server tcp_transfer tcp_wire",
     "simulator": "agenda cores decoding gaps hot hub instance jobs listener memory network node prompts record_book simulation",

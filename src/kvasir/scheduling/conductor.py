@@ -207,7 +207,7 @@ class Conductor:
         request = placed.request
         if placed.decode is None and self._fleet.missing_role == "decode":
             return [Cancel(request.id, placed.prefill), *self._place_again(placed, "there was nobody to decode", now)]
-        choice = self._placer.decode_only(request, now, placed.failed_on) if placed.decode is None else None
+        choice = self._placer.decode_only(request, placed.failed_on) if placed.decode is None else None
         if (refusal := self._refused_late(placed, choice, now)) is not None:
             return refusal
         self._prefill_over(placed, now)

@@ -10,7 +10,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from kvasir.core.commands import Candidate
-from kvasir.scheduling.view import ClusterView, DecodeColumns, Floats
+from kvasir.scheduling.view import DecodeColumns, DecodeView, Floats
 
 FULL: Final = 0.85
 """Instances that only decode are filled up to this as long as others can take the rest: what is left takes a burst."""
@@ -33,11 +33,11 @@ class DecodeChoice:
         self.ahead = ahead
 
 
-DecodeRule = Callable[[ClusterView, Candidate | None, int], DecodeChoice]
+DecodeRule = Callable[[DecodeView, Candidate | None, int], DecodeChoice]
 """(view, its prefill or None when that is done, KV tokens that it will come to hold); `view.decodes` is not empty."""
 
 
-def least_tbt(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
+def least_tbt(view: DecodeView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
     """Least predicted TBT among those with room. A mixed instance that prefilled keeps the request if it can: no KV moves."""
     own = _row_of(view.decodes, prefill)
     if own is not None and (choice := _choice(view, own, kv_tokens)).fits:
@@ -48,7 +48,7 @@ def least_tbt(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> D
     return _choice(view, int(np.where(fits, tbt_s, tbt_s + 1e6).argmin()), kv_tokens)
 
 
-def least_expected_tbt(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
+def least_expected_tbt(view: DecodeView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
     """Ours: as `least-tbt`, on the batches expected when the prefill will be done.
 
     Instances that only decode are filled first, up to FULL: on one that also prefills, each answer takes time from that. What
@@ -72,23 +72,23 @@ def least_expected_tbt(view: ClusterView, prefill: Candidate | None, kv_tokens: 
     return _choice(view, int(np.where(has_room, tbt_s, np.inf).argmin()), kv_tokens)
 
 
-def fewest_requests(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
+def fewest_requests(view: DecodeView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
     """The smallest batch, whatever its contexts (least outstanding requests, what most routers do)."""
     return _choice(view, int(np.argmin(view.decodes.batch)), kv_tokens)
 
 
-def stay(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
+def stay(view: DecodeView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
     """Where it prefilled: co-located serving."""
     own = _row_of(view.decodes, prefill)
     return least_tbt(view, prefill, kv_tokens) if own is None else _choice(view, own, kv_tokens)
 
 
-def fewest_tokens(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
+def fewest_tokens(view: DecodeView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
     """The least KV to read (Dynamo's decode router, which counts active blocks and nothing else)."""
     return _choice(view, int(np.argmin(view.decodes.context_tokens)), kv_tokens)
 
 
-def llm_d(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
+def llm_d(view: DecodeView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
     """llm-d's scorers without the prefix: 2 * shortness of the waiting queue + 2 * free share of KV memory.
 
     Those wait who are more than `max_batch`.
@@ -99,7 +99,7 @@ def llm_d(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> Decod
     return _choice(view, int(np.argmax(scores)), kv_tokens)
 
 
-def aibrix(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
+def aibrix(view: DecodeView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
     """AIBrix: the fewest requests if they differ by 16 or more, else least `(requests + 1 - throughput) / free KV`.
 
     Each is divided by its maximum. Throughput, which AIBrix measures, is predicted; its shortcuts for uneven throughput,
@@ -114,7 +114,7 @@ def aibrix(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> Deco
     return _choice(view, int(np.argmin(load / (free / free.max()))), kv_tokens)
 
 
-def aibrix_conductor(view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
+def aibrix_conductor(view: DecodeView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
     """AIBrix's conductor: least `1000 / throughput * (1 + 1 / requests)`, half as much again above 90 % of KV memory.
 
     1000 / throughput, 20 where nothing decodes, is called the TBT in ms there, though throughput is the whole batch's.
@@ -145,13 +145,13 @@ def _free_share(decodes: DecodeColumns) -> Floats:
     return np.true_divide(free, np.maximum(1, free + decodes.context_tokens))
 
 
-def _tokens_per_s(view: ClusterView) -> Floats:
+def _tokens_per_s(view: DecodeView) -> Floats:
     """Predicted throughput of each decode batch."""
     decodes = view.decodes
     return decodes.batch / view.costs.decode_steps_s(np.maximum(1, decodes.batch), decodes.context_tokens)
 
 
-def _shows(view: ClusterView, prefill: Candidate) -> bool:
+def _shows(view: DecodeView, prefill: Candidate) -> bool:
     """Whether the hand-off to another would take longer than the prefill that hides it."""
     return _row_of(view.decodes, prefill) is not None and view.transfer_s(view.num_prompt_tokens) > prefill.prefill_s
 
@@ -163,7 +163,7 @@ def _row_of(decodes: DecodeColumns, prefill: Candidate | None) -> int | None:
     return row if row < len(decodes) and decodes.ids[row] == prefill.instance else None
 
 
-def _choice(view: ClusterView, row: int, kv_tokens: int) -> DecodeChoice:
+def _choice(view: DecodeView, row: int, kv_tokens: int) -> DecodeChoice:
     decodes = view.decodes
     batch, max_batch = int(decodes.batch[row]) + 1, int(decodes.max_batch[row])
     context = int(decodes.context_tokens[row]) + view.num_prompt_tokens

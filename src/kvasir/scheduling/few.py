@@ -1,7 +1,7 @@
 """What a policy sees where instances are few: the same numbers as in view.py's columns, one by one.
 
-An array operation on a dozen rows takes as long as on a hundred, and a decision makes some ninety of them. Up to FEW
-instances policies that have a `place_few` are asked that instead; it must choose the same.
+An array operation on a dozen rows takes as long as on a hundred, and a decision makes some ninety of them. Policies that have
+a `place_few` are asked that instead, and must choose the same. Of more than FEW instances they see those that can be best.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Final
 from kvasir.core.commands import Candidate
 from kvasir.costs.quick import QuickCosts
 from kvasir.pool.match import PrefixMatch
+from kvasir.scheduling.contenders import contenders
 from kvasir.scheduling.decode_choice import FULL, DecodeChoice, DecodeRule, least_expected_tbt, least_tbt, stay
 from kvasir.scheduling.fleet import Fleet
 from kvasir.scheduling.instance import Instance
@@ -45,20 +46,22 @@ class Prefiller:
 class FewView:
     """The cluster as of the last look at it, for one prompt; all that is not said here is as in ClusterView.
 
-    The rest of the prompt behind the longest prefix takes `rest_s` alone.
+    The rest of the prompt behind the longest prefix takes `rest_s` alone. `prefillers` are in order of their ids; where the
+    view is not whole, those are left out than whom others with as long a prefix are sooner done, by whatever plan.
     """
 
     __slots__ = (
         "_behind_s",
         "_behind_tokens",
-        "_block_tokens",
         "_known",
+        "_of_all",
         "best_tokens",
+        "block_tokens",
         "chunk_tokens",
         "costs",
-        "decoders",
         "due_in_s",
         "fleet",
+        "is_whole",
         "kv_bytes_per_token",
         "layerwise",
         "max_stages",
@@ -88,30 +91,40 @@ class FewView:
         self.tbt_s = tbt_s
         self.layerwise = layerwise
         self.max_stages = max_stages
-        self._block_tokens = block_tokens
-        self._known: list[Instance] | None = None  # whose `prefillers` are
-        self.prefillers: list[Prefiller] = []
-        self.decoders = fleet.decoders
+        self.block_tokens = block_tokens
+        self._known: list[Instance] | None = None  # whose `_of_all` are
+        self._of_all: list[Prefiller] = []
+        self.prefillers = self._of_all
+        self.is_whole = True
         self.num_prompt_tokens = self.best_tokens = self._behind_tokens = 0
         self.rest_s = self._behind_s = self.due_in_s = 0.0
         self.source: str | None = None
 
     def look(self, match: PrefixMatch, *, num_prompt_tokens: int, now: float, rank: float, due_s: float) -> None:
         """See how things are now, for this prompt. Valid until the fleet changes."""
-        fleet, block_tokens = self.fleet, self._block_tokens
+        fleet, block_tokens = self.fleet, self.block_tokens
         if self._known is not fleet.prefillers:
             self._known = fleet.prefillers
-            self.prefillers = [Prefiller(known) for known in fleet.prefillers]
-        self.decoders = fleet.decoders
+            self._of_all = [Prefiller(known) for known in fleet.prefillers]
         self.num_prompt_tokens = num_prompt_tokens
         self.best_tokens = match.best * block_tokens
         self.source = match.source
         self.due_in_s = due_s - now
         self.rest_s = self.prefill_s(self.best_tokens)
         self._behind_tokens, self._behind_s = self.best_tokens, self.rest_s
-        blocks = fleet.blocks_at_prefillers(match)
+        self.is_whole = len(self._of_all) <= FEW
+        if self.is_whole:
+            self.prefillers, blocks = self._of_all, fleet.blocks_at_prefillers(match)
+        else:
+            found = sorted(contenders(fleet.prefill_table, self, match, now=now, rank=rank).items())
+            self.prefillers, blocks = [self._of_all[row] for row, _ in found], [count for _, count in found]
         for row, prefiller in enumerate(self.prefillers):
             self._look_at(prefiller, prefiller.instance.book.wait_s(now, rank), blocks[row] * block_tokens)
+
+    @property
+    def num_prefillers(self) -> int:
+        """Those left out count too."""
+        return len(self._of_all)
 
     def prefill_s(self, cached_tokens: int) -> float:
         return self.costs.prompt_s(self.num_prompt_tokens, cached_tokens, self.chunk_tokens)
@@ -179,14 +192,14 @@ DecodeRuleOfFew = Callable[[FewView, Candidate | None, int], DecodeChoice]
 
 
 def least_tbt_of_few(view: FewView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
-    return _least_tbt(view, prefill, kv_tokens, [_now(view.fleet, known) for known in view.decoders])
+    return _least_tbt(view, prefill, kv_tokens, [_now(view.fleet, known) for known in view.fleet.decoders])
 
 
 def least_expected_tbt_of_few(view: FewView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
     if prefill is None:
         return least_tbt_of_few(view, prefill, kv_tokens)
     in_s = prefill.ttft_s
-    decodes = [expected_batch(view.fleet, known, in_s) for known in view.decoders]
+    decodes = [expected_batch(view.fleet, known, in_s) for known in view.fleet.decoders]
     own = _own(view, prefill)
     if own is None or view.transfer_s(view.num_prompt_tokens) <= prefill.prefill_s:
         roomy = _only_decoding(view, kv_tokens, decodes)

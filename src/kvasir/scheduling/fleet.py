@@ -13,7 +13,7 @@ from kvasir.core.events import InstanceInfo
 from kvasir.costs.model import CostModel
 from kvasir.costs.quick import quick
 from kvasir.pool.match import PrefixMatch
-from kvasir.scheduling.columns import Tables
+from kvasir.scheduling.columns import PrefillTable, Tables
 from kvasir.scheduling.instance import Instance, Seat, Taken
 from kvasir.scheduling.plan import Outlook
 from kvasir.scheduling.view import DecodeColumns, Floats, Ints, PrefillColumns
@@ -139,6 +139,21 @@ class Fleet:
         kept = _without(columns.ids, avoid)
         return columns if kept is None else columns.only(kept)
 
+    @property
+    def prefill_table(self) -> PrefillTable:
+        """For what those `prefill_columns` take too long. Valid until the fleet changes."""
+        return self._fresh_tables().prefills
+
+    def least_expected(self, in_s: float) -> tuple[Floats, Floats]:
+        """Of each of `decoders`, the batch and the context tokens that it decodes in so many seconds at least.
+
+        As DecodeColumns.expected has it for an answer that has an instance to itself: nowhere does it leave sooner.
+        """
+        stays_s = self.answer_tokens * self._long_run_s(0, 0, 0.0)
+        stayed = max(0.0, 1.0 - in_s / stays_s)
+        came = min(1.0, stays_s / in_s) if in_s > 0.0 else 1.0
+        return self._fresh_tables().decodes.mixed(stayed, came)
+
     def free_kv_tokens(self, instance: Instance) -> int:
         """KV of its node that is not spoken for."""
         return instance.max_kv_tokens - self._reserved.get(instance.node, 0)
@@ -202,11 +217,6 @@ class Fleet:
                 break
             step_s = next_s
         return step_s
-
-    @property
-    def least_stays_s(self) -> float:
-        """How long an answer decodes where there is nothing else: nowhere is it faster."""
-        return self.answer_tokens * self._long_run_s(0, 0, 0.0)
 
     def stays_s(self, instance: Instance) -> float:
         """How long an answer decodes on `instance`: its tokens in steps of the long run."""

@@ -16,15 +16,15 @@ from kvasir.scheduling.decode_choice import DecodeChoice, DecodeRule, least_expe
 from kvasir.scheduling.few import choice_of, expected_batch, roomy_tbt_s
 from kvasir.scheduling.fleet import Fleet
 from kvasir.scheduling.instance import Instance
-from kvasir.scheduling.view import ClusterView, Floats
+from kvasir.scheduling.view import DecodeView, Floats
 
 MOST_ASKED = 32
 """One that is asked takes a few microseconds; all at once, by columns, as long as some sixty."""
 
-DecodeRuleOfMany = Callable[[Fleet, ClusterView, Candidate | None, int], DecodeChoice]
+DecodeRuleOfMany = Callable[[Fleet, DecodeView, Candidate | None, int], DecodeChoice]
 
 
-def least_expected_tbt_of_many(fleet: Fleet, view: ClusterView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
+def least_expected_tbt_of_many(fleet: Fleet, view: DecodeView, prefill: Candidate | None, kv_tokens: int) -> DecodeChoice:
     """As `least_expected_tbt`, where `view` has all decoders of `fleet`."""
     if prefill is None:
         return least_expected_tbt(view, prefill, kv_tokens)
@@ -50,7 +50,7 @@ class _Search:
 
     __slots__ = ("_fleet", "_in_s", "_kv_tokens", "_view", "asks_left")
 
-    def __init__(self, fleet: Fleet, view: ClusterView, in_s: float, kv_tokens: int):
+    def __init__(self, fleet: Fleet, view: DecodeView, in_s: float, kv_tokens: int):
         self._fleet = fleet
         self._view = view
         self._in_s = in_s
@@ -89,13 +89,11 @@ class _Search:
         """By row, what the step time with the request in it is at least, to the last bit: no operation here, nor any cost
         model, gives less for more.
         """
-        decodes, in_s, stays_s = self._view.decodes, self._in_s, self._fleet.least_stays_s
-        stayed = max(0.0, 1.0 - in_s / stays_s)
-        came = min(1.0, stays_s / in_s) if in_s > 0.0 else 1.0
-        batch = decodes.taken_batch * stayed + (decodes.batch - decodes.taken_batch) * came
-        context = decodes.taken_context * stayed + (decodes.context_tokens - decodes.taken_context) * came
-        prompt_tokens = self._view.num_prompt_tokens
-        return self._view.costs.decode_steps_s(batch.astype(np.int64) + 1, context.astype(np.int64) + prompt_tokens)
+        view = self._view
+        batch, context_tokens = self._fleet.least_expected(self._in_s)
+        batch += 1.0
+        context_tokens += view.num_prompt_tokens
+        return view.costs.decode_steps_s(batch, context_tokens)
 
     def _tbt_s(self, row: int) -> float:
         """As `least_tbt` has it: later than all others where there is no room."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from random import Random
-from typing import Final, TypeVar
+from typing import Final
 
 from msgspec import structs
 
@@ -21,7 +20,7 @@ from kvasir.report.slo import ScaledSlo
 from kvasir.scheduling.admission import MIN_RETRY_S, Admission, ttft_limit_s
 from kvasir.scheduling.conductor_config import ConductorConfig
 from kvasir.scheduling.decode_choice import DecodeChoice, DecodeRule, least_tbt
-from kvasir.scheduling.few import FEW, RULES_OF_FEW, FewView, least_tbt_of_few
+from kvasir.scheduling.few import FEW, RULES_OF_FEW, FewView
 from kvasir.scheduling.fleet import Fleet
 from kvasir.scheduling.instance import Seat
 from kvasir.scheduling.many import RULES_OF_MANY
@@ -29,9 +28,7 @@ from kvasir.scheduling.plan import Plan, Refusal
 from kvasir.scheduling.policies.choice import Choice
 from kvasir.scheduling.policies.interface import Placement, PlacementOfFew
 from kvasir.scheduling.ranks import Rank, first_come
-from kvasir.scheduling.view import ClusterView
-
-View = TypeVar("View", ClusterView, FewView)
+from kvasir.scheduling.view import ClusterView, DecodeView
 
 PRIOR_WEIGHT: Final = 32
 """The configured expectation of output lengths counts as so many answers seen."""
@@ -107,9 +104,8 @@ class Placer:
         self._costs = quick(costs)
         self._rules = rules
         self._slo = slo
-        rule_of_few = RULES_OF_FEW.get(rules.decode)
-        self._of_few = rules.policy if rule_of_few is not None and isinstance(rules.policy, PlacementOfFew) else None
-        self._rule_of_few = rule_of_few if rule_of_few is not None else least_tbt_of_few
+        self._of_few = rules.policy if isinstance(rules.policy, PlacementOfFew) else None
+        self._rule_of_few = RULES_OF_FEW.get(rules.decode)
         self._few = FewView(
             fleet,
             tbt_s=slo.tbt_s,
@@ -155,39 +151,23 @@ class Placer:
         due_s = request.arrival_s + ttft_limit_s(self._slo, request.num_prompt_tokens, self._costs)
         rank = self._rank(request, due_s, now)
         match = self._match(request)
-        if self._of_few is not None and not avoid and len(self._fleet) <= FEW and self._is_plain(match):
+        choice: Choice | None = None
+        if self._of_few is not None and not avoid and self._is_plain(match):
             few = self._few
             few.look(match, num_prompt_tokens=request.num_prompt_tokens, now=now, rank=rank, due_s=due_s)
             choice = self._of_few.place_few(few)
-            if choice is not None:
-                return self._proposal(request, few, self._rule_of_few, choice, now, rank=rank, due_s=due_s)
-        view = self._view(request, match, now, avoid, rank, due_s)
-        choice = self._rules.policy.place(view, self._rng)
-        rule = self._rules.decode if avoid else self._rule_of_many
-        return self._proposal(request, view, rule, choice, now, rank=rank, due_s=due_s)
-
-    def _proposal(
-        self,
-        request: Request,
-        view: View,
-        rule: Callable[[View, Candidate | None, int], DecodeChoice],
-        choice: Choice,
-        now: float,
-        *,
-        rank: float,
-        due_s: float,
-    ) -> Proposal:
+        if choice is None:
+            choice = self._rules.policy.place(self._view(request, match, now, avoid, rank, due_s), self._rng)
         chosen = choice.chosen
-        decode = rule(view, chosen, self.kv_tokens(request))
+        decode = self._decode(request, chosen, avoid)
         self._foresee(choice.ttft_s)
-        work_s = view.prefill_s(chosen.prefix_tokens) / len(choice.members)
+        work_s = self._costs.prompt_s(request.num_prompt_tokens, chosen.prefix_tokens, self._config.chunk_tokens)
         decision = self._decision(request, choice, decode, now)
-        return Proposal(choice, decode, decision, rank=rank, due_s=due_s, work_s=work_s)
+        return Proposal(choice, decode, decision, rank=rank, due_s=due_s, work_s=work_s / len(choice.members))
 
-    def decode_only(self, request: Request, now: float, avoid: frozenset[str]) -> DecodeChoice:
+    def decode_only(self, request: Request, avoid: frozenset[str]) -> DecodeChoice:
         """A decode instance for a request whose KV is complete."""
-        view = self._view(request, self._match(request), now, avoid, now, now)
-        return self._rules.decode(view, None, self.kv_tokens(request))
+        return self._decode(request, None, avoid)
 
     def refuse_hand_off(self, request: Request, choice: DecodeChoice | None, instance: str) -> Refusal | None:
         """Whether a rule that looks at decode load only when the prefill is done turns the request away then.
@@ -246,6 +226,22 @@ class Placer:
             spare_s=min([self._fleet.spare_s(name, now, proposal.rank) for name in choice.members]),
             outlook=self._fleet.outlook(decode.instance, now + choice.ttft_s),
         )
+
+    def _decode(self, request: Request, prefill: Candidate | None, avoid: frozenset[str]) -> DecodeChoice:
+        kv_tokens = self.kv_tokens(request)
+        if self._rule_of_few is not None and not avoid and len(self._fleet) <= FEW:
+            few = self._few
+            few.num_prompt_tokens = request.num_prompt_tokens
+            return self._rule_of_few(few, prefill, kv_tokens)
+        view = DecodeView(
+            decodes=self._fleet.decode_columns(avoid),
+            num_prompt_tokens=request.num_prompt_tokens,
+            costs=self._costs,
+            kv_bytes_per_token=self._config.kv_bytes_per_token,
+            tbt_s=self._slo.tbt_s,
+        )
+        rule = self._rules.decode if avoid else self._rule_of_many
+        return rule(view, prefill, kv_tokens)
 
     def _match(self, request: Request) -> PrefixMatch:
         """At least one prompt token is always computed, so only whole blocks before it count as a prefix."""

@@ -1,4 +1,4 @@
-"""What a policy sees: the cluster at one moment, for one prompt, in columns. Read only."""
+"""What policies and rules see: the cluster at one moment, for one prompt, in columns. Read only."""
 
 from __future__ import annotations
 
@@ -153,24 +153,33 @@ Stays = Callable[[DecodeColumns], Floats]
 """How long an answer decodes on each of these instances, in seconds."""
 
 
-class ClusterView(Struct, frozen=True, dict=True):
-    """`best_tokens` is the longest prefix that any node holds in DRAM, on `source`; the first token is due in `due_in_s`,
-    others each `tbt_s`.
+class DecodeView(Struct, frozen=True, dict=True, kw_only=True):
+    """What a decode rule sees, for one prompt: tokens after the first are due each `tbt_s`."""
+
+    decodes: DecodeColumns
+    num_prompt_tokens: int
+    costs: QuickCosts
+    kv_bytes_per_token: int
+    tbt_s: float = math.inf
+
+    def transfer_s(self, tokens: int) -> float:
+        """Moving the KV of so many tokens from one node to another."""
+        return self.costs.transfer_s(tokens * self.kv_bytes_per_token) if tokens > 0 else 0.0
+
+
+class ClusterView(DecodeView, frozen=True, dict=True, kw_only=True):
+    """What a placement policy sees: `best_tokens` is the longest prefix that any node holds in DRAM, on `source`; the first
+    token is due in `due_in_s`.
 
     Prefill runs in steps of `chunk_tokens`, a pipeline in at most `max_stages` stages. With `layerwise`, transfers overlap
     waiting and compute layer by layer.
     """
 
     prefills: PrefillColumns
-    decodes: DecodeColumns
-    num_prompt_tokens: int
     best_tokens: int
     source: str | None
-    costs: QuickCosts
-    kv_bytes_per_token: int
     block_tokens: int = 1
     due_in_s: float = math.inf
-    tbt_s: float = math.inf
     chunk_tokens: int | None = None
     load_bandwidth: float = 0.0
     layerwise: bool = False
@@ -219,10 +228,6 @@ class ClusterView(Struct, frozen=True, dict=True):
     def own_s(self) -> Floats:
         """Per instance: prefill from what its own node holds, in DRAM or on SSD, whichever is faster."""
         return np.minimum(self.local_s, self.load_s)
-
-    def transfer_s(self, tokens: int) -> float:
-        """Moving the KV of so many tokens from one node to another."""
-        return self.costs.transfer_s(tokens * self.kv_bytes_per_token) if tokens > 0 else 0.0
 
     def exposed_s(self, transfer_s: Floats, prefill_s: Floats | float) -> Floats:
         """What of a transfer neither waiting in the queue nor computing layer by layer hides."""

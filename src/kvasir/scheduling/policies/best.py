@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from kvasir.core.commands import Candidate
 from kvasir.scheduling.policies.choice import NUM_RECORDED, Choice
 from kvasir.scheduling.view import Floats
+
+if TYPE_CHECKING:
+    from kvasir.scheduling.few import FewView
 
 
 def best_of(scores: Floats, candidate: Callable[[int], Candidate], why: str) -> Choice:
@@ -33,14 +37,14 @@ def least_rows(scores: Floats) -> list[int]:
     return rows
 
 
-def best_of_few(scores: list[float], candidate: Callable[[int], Candidate], why: str) -> Choice:
+def best_of_few(view: FewView, scores: list[float], candidate: Callable[[int], Candidate], why: str) -> Choice:
     """As `best_of`."""
-    rows = _least(scores, min(NUM_RECORDED, len(scores)))
-    return choice_of(rows, candidate, f"{why} among {len(scores)}")
+    return choice_of(least_of_few(scores), candidate, f"{why} among {view.num_prefillers}")
 
 
-def _least(scores: list[float], count: int) -> list[int]:
-    """The rows of the least scores, in order; of equals the first goes first."""
+def least_of_few(scores: list[float]) -> list[int]:
+    """As `least_rows`."""
+    count = min(NUM_RECORDED, len(scores))
     rows: list[int] = []
     most = math.inf  # of those in `rows`
     for row, score in enumerate(scores):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from kvasir.core.commands import Candidate
-from kvasir.scheduling.policies.best import best_of_few, choice_of, least_rows
+from kvasir.scheduling.policies.best import choice_of, least_of_few, least_rows
 from kvasir.scheduling.policies.choice import Choice
 from kvasir.scheduling.view import ClusterView, Floats
 
@@ -29,6 +29,8 @@ SLACK_HORIZON_S: Final = 4.0
 SMOOTH: Final = 0.15
 """Where a hand-off would take longer than the prefill that hides it by more than this share of the TBT objective (a prompt
 that is nearly all cached), the request is prefilled where it will decode: its KV arrives before the first token, not after."""
+
+WHY: Final = "least TTFT of all plans"
 
 
 class Kvasir:
@@ -52,7 +54,7 @@ class Kvasir:
                 return view.load(row)
             return view.fetch(row) if fetch_s[row] < local_s[row] else view.local(row)
 
-        alone = choice_of(_best_rows(view, ttft_s), plan, f"least TTFT of all plans among {len(ttft_s)}")
+        alone = choice_of(_best_rows(view, ttft_s), plan, f"{WHY} among {len(ttft_s)}")
         if view.max_stages == 1 or alone.ttft_s <= MARGIN * view.due_in_s:
             return alone
         prefills = view.prefills
@@ -61,10 +63,17 @@ class Kvasir:
 
     def place_few(self, view: FewView) -> Choice | None:
         """As `place`."""
-        ttft_s = _where_wanted_of_few(view, [known.wait_s + min(known.local_s, known.fetch_s) for known in view.prefillers])
-        alone = best_of_few(ttft_s, view.faster, "least TTFT of all plans")
+        ttft_s = [known.wait_s + min(known.local_s, known.fetch_s) for known in view.prefillers]
+        if view.is_whole:
+            ttft_s = _where_wanted_of_few(view, ttft_s)
+        rows = least_of_few(ttft_s)
+        if not view.is_whole and not _are_wanted(view, rows, ttft_s):
+            return None
+        alone = choice_of(rows, view.faster, f"{WHY} among {view.num_prefillers}")
         if view.max_stages == 1 or alone.ttft_s <= MARGIN * view.due_in_s:
             return alone
+        if not view.is_whole:
+            return None
         free_s = [math.inf if known.pace < 1.0 else known.wait_s for known in view.prefillers]
         return _pipeline(view, alone, sorted(range(len(free_s)), key=free_s.__getitem__))
 
@@ -92,8 +101,7 @@ def _where_wanted_of_few(view: FewView, ttft_s: list[float]) -> list[float]:
     known = view.prefillers
     if any(known[row].pace < 1.0 and s > SLACK_HORIZON_S for row, s in enumerate(ttft_s)):
         ttft_s = _only([known[row].pace == 1.0 or s <= SLACK_HORIZON_S for row, s in enumerate(ttft_s)], ttft_s)
-    exposed_s = view.transfer_s(view.num_prompt_tokens) - view.rest_s
-    if exposed_s > SMOOTH * view.tbt_s:
+    if _shows(view, view.rest_s):
         limit_s = MARGIN * view.due_in_s
         ttft_s = _only([known[row].instance.can_decode and s <= limit_s for row, s in enumerate(ttft_s)], ttft_s)
     return ttft_s
@@ -110,7 +118,7 @@ def _best_rows(view: ClusterView, ttft_s: Floats) -> list[int]:
     """Those to record, where they are wanted. Mostly the best of all are: then nobody else needs a look."""
     rows, pace = least_rows(ttft_s), view.prefills.pace
     is_steady = [pace[row] == 1.0 or ttft_s[row] <= SLACK_HORIZON_S for row in rows]
-    if all(is_steady) and not _shows(view):
+    if all(is_steady) and not _shows(view, view.prefill_s(view.best_tokens)):
         return rows
     return least_rows(_where_wanted(view, ttft_s))
 
@@ -121,13 +129,21 @@ def _where_wanted(view: ClusterView, ttft_s: Floats) -> Floats:
     is_steady = (prefills.pace == 1.0) | (ttft_s <= SLACK_HORIZON_S)
     if is_steady.any():
         ttft_s = np.where(is_steady, ttft_s, np.inf)
-    if _shows(view):
+    if _shows(view, view.prefill_s(view.best_tokens)):
         stays = prefills.can_decode & (ttft_s <= MARGIN * view.due_in_s)
         if stays.any():
             ttft_s = np.where(stays, ttft_s, np.inf)
     return ttft_s
 
 
-def _shows(view: ClusterView) -> bool:
+def _are_wanted(view: FewView, rows: list[int], ttft_s: list[float]) -> bool:
+    """Whether all of these may prefill the prompt, whoever else there is."""
+    if _shows(view, view.rest_s):
+        return False
+    known = view.prefillers
+    return not any(known[row].pace < 1.0 and ttft_s[row] > SLACK_HORIZON_S for row in rows)
+
+
+def _shows(view: ClusterView | FewView, rest_s: float) -> bool:
     """Whether the hand-off to another instance would take so much longer than the prefill that hides it."""
-    return view.transfer_s(view.num_prompt_tokens) - view.prefill_s(view.best_tokens) > SMOOTH * view.tbt_s
+    return view.transfer_s(view.num_prompt_tokens) - rest_s > SMOOTH * view.tbt_s

@@ -22,4 +22,4 @@ class Local:
     def place_few(self, view: FewView) -> Choice | None:
         """As `place`."""
         ttft_s = [known.wait_s + known.local_s for known in view.prefillers]
-        return best_of_few(ttft_s, view.local, "least TTFT from local caches")
+        return best_of_few(view, ttft_s, view.local, "least TTFT from local caches")

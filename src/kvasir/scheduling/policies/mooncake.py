@@ -47,5 +47,5 @@ class Mooncake:
             for known, fetch in zip(view.prefillers, fetches, strict=True)
         ]
         return best_of_few(
-            ttft_s, lambda row: view.fetch(row) if fetches[row] else view.local(row), "least TTFT by Algorithm 1"
+            view, ttft_s, lambda row: view.fetch(row) if fetches[row] else view.local(row), "least TTFT by Algorithm 1"
         )
