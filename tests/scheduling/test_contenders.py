@@ -1,4 +1,6 @@
-"""Who of many is looked at: those that are first by any plan."""
+"""Of many, those are seen who would have a prompt done first."""
+
+from random import Random
 
 import pytest
 
@@ -7,17 +9,18 @@ from kvasir.core.request import Role
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
 from kvasir.costs.quick import quick
 from kvasir.pool.directory import BlockDirectory
-from kvasir.scheduling import contenders, few
+from kvasir.scheduling import few
 from kvasir.scheduling.few import FewView
 from kvasir.scheduling.fleet import Fleet
 from kvasir.scheduling.instance import Seat
+from kvasir.scheduling.policies.kvasir import Kvasir
 
 COSTS = quick(FittedCost(PrefillFit(0.0, 1e-3, 0, 0), DecodeFit(0.010, 1e-3, 0.0), 0.0, 1e6))
 KEYS = tuple(number.to_bytes(16, "big") for number in range(9))
 BLOCK_TOKENS = 100
 
 
-def looked_at(fleet: Fleet, directory: BlockDirectory, *, layerwise: bool, kv_bytes: int) -> list[str]:
+def view_of(fleet: Fleet, directory: BlockDirectory, *, layerwise: bool = True, kv_bytes: int = 1, now: float = 0.0) -> FewView:
     """For a prompt of 1,000 tokens, which takes 1 s to compute, 0.1 s behind nine blocks of prefix."""
     view = FewView(
         fleet,
@@ -28,8 +31,14 @@ def looked_at(fleet: Fleet, directory: BlockDirectory, *, layerwise: bool, kv_by
         chunk_tokens=None,
         layerwise=layerwise,
         max_stages=1,
+        policy=Kvasir(),
     )
-    view.look(directory.match(KEYS), num_prompt_tokens=1000, now=0.0, rank=0.0, due_s=30.0)
+    view.look(directory.match(KEYS), num_prompt_tokens=1000, now=now, rank=now, due_s=30.0)
+    return view
+
+
+def seen(fleet: Fleet, directory: BlockDirectory, *, layerwise: bool = True, kv_bytes: int = 1) -> list[str]:
+    view = view_of(fleet, directory, layerwise=layerwise, kv_bytes=kv_bytes)
     assert not view.is_whole
     assert view.num_prefillers == len(fleet.prefillers)
     return [known.instance.id for known in view.prefillers]
@@ -59,20 +68,47 @@ def holding(*nodes: str) -> BlockDirectory:
 
 
 def test_without_a_prefix_those_who_will_have_computed_it_first(fleet: Fleet) -> None:
-    assert looked_at(fleet, holding(), layerwise=True, kv_bytes=1) == ["p0", "p1", "p2"]
+    assert seen(fleet, holding()) == ["p0", "p1", "p2"]
 
 
-def test_with_a_prefix_those_who_have_it_and_those_who_will_have_fetched_it_first(fleet: Fleet) -> None:
-    assert looked_at(fleet, holding("n4"), layerwise=True, kv_bytes=1) == ["m", "p0", "p1", "p2", "p4"]
+def test_with_a_prefix_those_who_will_have_fetched_it_first(fleet: Fleet) -> None:
+    assert seen(fleet, holding("n4")) == ["m", "p0", "p1"]
 
 
-def test_a_wait_that_hides_the_transfer_counts_for_nothing(fleet: Fleet) -> None:
-    """The transfer takes 0.9 s: who is free sooner waits for it."""
-    assert looked_at(fleet, holding("n4"), layerwise=True, kv_bytes=1000) == ["p0", "p1", "p2", "p4"]
-    assert looked_at(fleet, holding("n4"), layerwise=False, kv_bytes=1000) == ["m", "p0", "p1", "p2", "p4"]
+def test_a_wait_hides_the_transfer(fleet: Fleet) -> None:
+    """The transfer takes 0.9 s: p0 to p3 would be done at the same time, m later, and whoever has it as soon as m."""
+    among = seen(fleet, holding("n4"), kv_bytes=1000)
+    assert len(among) == 3
+    assert set(among) < {"p0", "p1", "p2", "p3"}
+    assert seen(fleet, holding("n4"), layerwise=False, kv_bytes=1000) == ["m", "p0", "p4"]
 
 
-def test_of_many_who_have_it_the_first(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contenders, "FEW_NODES", 2)
-    everyone = holding("n0", "n1", "n2", "n3", "nm")
-    assert looked_at(fleet, everyone, layerwise=True, kv_bytes=1) == ["m", "p0", "p1", "p4"]
+@pytest.mark.parametrize("seed", range(60))
+def test_nobody_else_would_be_done_sooner(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = Random(seed)
+    fleet, directory = Fleet(COSTS, 0.064), BlockDirectory()
+    waits_s = rng.choice(([0.0], [0.0, 0.2, 1.0], [1.0, 2.0, 3.0, 4.0]))
+    for number in range(rng.choice((20, 90))):
+        name = f"i{number:03}"
+        fleet.join(InstanceInfo(name, rng.choice((Role.PREFILL, Role.MIXED)), name, 1, 10_000, 64))
+        if (wait_s := rng.choice(waits_s)) > 0.0:
+            fleet.sent(name, "r", seconds=wait_s, tokens=1, now=0.0, rank=0.0, due_s=30.0)
+        if rng.random() < 0.3:
+            directory.stored(name, 1, KEYS[: rng.choice((1, 5, 9))])
+    for now in (0.0, 0.7, 2.0):  # some are overdue then
+        for known in rng.sample(fleet.prefillers, 5):
+            if known.can_decode:
+                fleet.sit(known.id, f"{known.id} {now}", Seat(1, 1, 0.0, 10.0), now)
+                fleet.take_seat(known.id, f"{known.id} {now}", now)
+            fleet.done(known.id, "r", now)
+        for kv_bytes in (1, 1000):
+            monkeypatch.setattr(few, "FEW", 1000)
+            all_s = sorted(known.ttft_s for known in view_of(fleet, directory, kv_bytes=kv_bytes, now=now).prefillers)
+            monkeypatch.setattr(few, "FEW", 0)
+            view = view_of(fleet, directory, kv_bytes=kv_bytes, now=now)
+            assert sorted(known.ttft_s for known in view.prefillers) == pytest.approx(all_s[:3])
+            decoding_s = sorted(known.ttft_s for known in view.decoding())
+            monkeypatch.setattr(few, "FEW", 1000)
+            view = view_of(fleet, directory, kv_bytes=kv_bytes, now=now)
+            assert decoding_s == pytest.approx(sorted(k.ttft_s for k in view.prefillers if k.instance.can_decode)[:3])
+    fleet.check()

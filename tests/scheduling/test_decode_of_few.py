@@ -48,6 +48,7 @@ def by_numbers(fleet: Fleet, prefill: Candidate) -> DecodeChoice:
         chunk_tokens=None,
         layerwise=True,
         max_stages=1,
+        policy=None,
     )
     view.look(BlockDirectory().match(()), num_prompt_tokens=1000, now=0.0, rank=0.0, due_s=30.0)
     return least_expected_tbt_of_few(view, prefill, 1100)

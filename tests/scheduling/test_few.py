@@ -12,7 +12,7 @@ from kvasir.core.events import Arrived, BlocksStored, Event, Finished, InstanceI
 from kvasir.core.request import FinishReason, Request, Role, Slo
 from kvasir.costs.roofline import reference_cost
 from kvasir.report.slo import ScaledSlo
-from kvasir.scheduling import contenders, few, placer
+from kvasir.scheduling import few, placer
 from kvasir.scheduling.conductor_config import ConductorConfig
 from kvasir.scheduling.policies import POLICIES
 from kvasir.scheduling.policies.choice import Choice
@@ -99,5 +99,4 @@ def test_those_who_can_be_best_get_what_they_would_get_among_all(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placer, "FEW", 0)
         patch.setattr(few, "FEW", 0)
-        patch.setattr(contenders, "FEW_NODES", 2)  # so that some prefixes are of few nodes, others of many
         assert said(policy, "least-expected-tbt", Slo(), arrivals, num_instances) == among_all

@@ -53,7 +53,8 @@ class QuickCosts:
         return self._costs.decode_step_s(batch, context_tokens) * self.decode_scale
 
     def decode_steps_s(self, batch: Counts, context_tokens: Counts) -> npt.NDArray[np.float64]:
-        return self._costs.decode_steps_s(batch, context_tokens) * self.decode_scale
+        seconds = self._costs.decode_steps_s(batch, context_tokens)
+        return seconds if self.decode_scale == 1.0 else seconds * self.decode_scale
 
     def transfer_s(self, num_bytes: int) -> float:
         return self._costs.transfer_s(num_bytes)

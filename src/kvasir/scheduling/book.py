@@ -64,6 +64,16 @@ class PrefillBook:
         return self.pending_s, self._done_s, self._as_of_s, self._most_s, self._pace
 
     @property
+    def free_s(self) -> float:
+        """When all that was sent will be done, if nothing takes longer than predicted."""
+        return self._as_of_s + (self.pending_s - self._done_s) / self._pace
+
+    @property
+    def least_wait_s(self) -> float:
+        """Seconds that remain however much time passes, until the first prefill is done."""
+        return (self.pending_s - self._most_s) / self._pace
+
+    @property
     def last_rank(self) -> float:
         """Of what goes last; -inf where there is nothing."""
         return self._order[-1].rank if self._order else -math.inf

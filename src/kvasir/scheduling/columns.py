@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from kvasir.pool.match import PrefixMatch, Runs
 from kvasir.scheduling.instance import Instance
 from kvasir.scheduling.view import Bools, DecodeColumns, Floats, Ints, Lengths, PrefillColumns, Stays
 
-FEW_NODES = 16
+FEW_NODES: Final = 16
 """Up to so many nodes of a run are looked up one by one; a mask of a thousand becomes an array in the time of twenty."""
 
 
@@ -35,13 +35,11 @@ class PrefillTable:
         "_books",
         "_can_decode",
         "_done_s",
-        "_free_s",
         "_ids",
         "_instances",
         "_kv_used",
         "_last_rank",
         "_latest_rank",
-        "_least_s",
         "_most_s",
         "_nodes",
         "_pace",
@@ -52,7 +50,6 @@ class PrefillTable:
         "_rows_of",
         "_seats",
         "_unheard",
-        "slowness",
     )
 
     def __init__(self, instances: list[Instance]) -> None:
@@ -69,9 +66,6 @@ class PrefillTable:
         self._as_of_s: Floats = np.zeros(count)
         self._most_s: Floats = np.zeros(count)
         self._pace: Floats = np.ones(count)
-        self._free_s: Floats = np.zeros(count)
-        self._least_s: Floats = np.zeros(count)
-        self.slowness: Floats = np.ones(count)
         self._last_rank: Floats = np.full(count, -math.inf)
         self._latest_rank = -math.inf
         self._queued: Ints = np.zeros(count, dtype=np.int64)
@@ -79,8 +73,8 @@ class PrefillTable:
         self._batch: Ints = np.zeros(count, dtype=np.int64)
         self._kv_used: Floats = np.zeros(count)
         self._can_decode: Bools = np.array([known.can_decode for known in instances], dtype=np.bool_)
-        book = [self._pending_s, self._done_s, self._as_of_s, self._most_s, self._pace, self._free_s, self._least_s]
-        self._books = _writers([*book, self.slowness, self._last_rank, self._queued, self._queued_tokens])
+        book = [self._pending_s, self._done_s, self._as_of_s, self._most_s, self._pace]
+        self._books = _writers([*book, self._last_rank, self._queued, self._queued_tokens])
         self._seats = _writers([self._batch, self._kv_used])
 
     def booked(self, known: Instance) -> None:
@@ -89,11 +83,9 @@ class PrefillTable:
             return
         book = known.book
         pending_s, done_s, as_of_s, most_s, pace = book.columns
-        free_s, least_s = as_of_s + (pending_s - done_s) / pace, (pending_s - most_s) / pace
         last_rank = book.last_rank
         self._latest_rank = max(self._latest_rank, last_rank)
-        numbers = (pending_s, done_s, as_of_s, most_s, pace, free_s, least_s, 1.0 / pace, last_rank, len(book), book.tokens)
-        _write(self._books, row, numbers)
+        _write(self._books, row, (pending_s, done_s, as_of_s, most_s, pace, last_rank, len(book), book.tokens))
 
     def seated(self, known: Instance, free_kv_tokens: int) -> None:
         row = self._rows.get(known.id)
@@ -118,44 +110,6 @@ class PrefillTable:
             can_decode=self._can_decode,
         )
 
-    def see(self, match: PrefixMatch) -> None:
-        """Find the rows of each node, by its bit in the masks of this match; they change only as a whole."""
-        nodes = match.nodes
-        if nodes is self._nodes:
-            return
-        bits = {node: bit for bit, node in enumerate(nodes)}
-        self._nodes = nodes
-        self._rows_of = [[] for _ in nodes]
-        self._bits = np.array([bits.get(known.info.node, len(nodes)) for known in self._instances], dtype=np.int64)
-        for row, bit in enumerate(self._bits.tolist()):
-            if bit < len(nodes):
-                self._rows_of[bit].append(row)
-        self._unheard = np.flatnonzero(self._bits == len(nodes))
-
-    def rows_on(self, mask: int) -> list[int]:
-        """The rows of a few of the nodes last seen."""
-        rows: list[int] = []
-        while mask:
-            bit = mask.bit_length() - 1
-            rows += self._rows_of[bit]
-            mask ^= 1 << bit
-        return rows
-
-    def is_on(self, mask: int) -> Bools:
-        """By row, whether it is on one of these nodes: a mask of very many becomes an array as a whole."""
-        num_bits = len(self._rows_of)
-        octets = np.frombuffer(mask.to_bytes(-(-num_bits // 8), "little"), dtype=np.uint8)
-        is_there = np.zeros(num_bits + 1, dtype=np.bool_)
-        is_there[:-1] = np.unpackbits(octets, count=num_bits, bitorder="little")
-        found: Bools = is_there[self._bits]
-        return found
-
-    def about_wait_s(self, now: float, rank: float) -> Floats:
-        """As `columns` has it but for rounding, in a fraction of the time: a queue shortens until its first is overdue."""
-        wait_s: Floats = self._free_s - now
-        np.maximum(wait_s, self._least_s, out=wait_s)
-        return self._ahead_of(rank, wait_s, now)
-
     def check_as(self, other: PrefillTable) -> None:
         """Raises InvariantError unless `other`, which was just made, says the same."""
         _check_same("waits", [self._pending_s, self._done_s, self._as_of_s], [other._pending_s, other._done_s, other._as_of_s])
@@ -165,7 +119,7 @@ class PrefillTable:
         _check_same("batches", [self._batch, self._kv_used], [other._batch, other._kv_used])
 
     def _wait_s(self, now: float, rank: float) -> Floats:
-        """See PrefillBook.wait_s for the formula."""
+        """See PrefillBook.wait_s for the formula. All that was sent goes first but what has a later rank."""
         worked_s: Floats = now - self._as_of_s
         np.maximum(worked_s, 0.0, out=worked_s)
         worked_s *= self._pace
@@ -173,10 +127,6 @@ class PrefillTable:
         np.minimum(worked_s, self._most_s, out=worked_s)
         wait_s: Floats = self._pending_s - worked_s
         wait_s /= self._pace
-        return self._ahead_of(rank, wait_s, now)
-
-    def _ahead_of(self, rank: float, wait_s: Floats, now: float) -> Floats:
-        """All that was sent goes first but what has a later rank."""
         if rank < self._latest_rank:
             for row in np.flatnonzero(self._last_rank > rank).tolist():
                 wait_s[row] = self._instances[row].book.wait_s(now, rank)
@@ -184,7 +134,7 @@ class PrefillTable:
 
     def _lengths(self, match: PrefixMatch, runs: Runs, block_tokens: int) -> Lengths:
         """Per row, the length of its node's run in tokens. Of no run are the nodes left over; most are of one."""
-        self.see(match)
+        self._see(match.nodes)
         others = (1 << len(match.nodes)) - 1
         for mask, _ in runs:
             others &= ~mask
@@ -200,12 +150,32 @@ class PrefillTable:
         return Lengths((0, *[count * block_tokens for _, count in runs]), which)
 
     def _write(self, which: Ints, mask: int, number: int) -> None:
-        """Into the rows of these nodes."""
+        """Into the rows of these nodes; a mask of very many becomes an array as a whole."""
         if mask.bit_count() <= FEW_NODES:
-            for row in self.rows_on(mask):
-                which[row] = number
-        else:
-            which[self.is_on(mask)] = number
+            while mask:
+                bit = mask.bit_length() - 1
+                for row in self._rows_of[bit]:
+                    which[row] = number
+                mask ^= 1 << bit
+            return
+        num_bits = len(self._rows_of)
+        octets = np.frombuffer(mask.to_bytes(-(-num_bits // 8), "little"), dtype=np.uint8)
+        is_there = np.zeros(num_bits + 1, dtype=np.bool_)
+        is_there[:-1] = np.unpackbits(octets, count=num_bits, bitorder="little")
+        which[is_there[self._bits]] = number
+
+    def _see(self, nodes: tuple[str | None, ...]) -> None:
+        """Find the rows of each node, by its bit in a match's masks; `nodes` changes only as a whole."""
+        if nodes is self._nodes:
+            return
+        bits = {node: bit for bit, node in enumerate(nodes)}
+        self._nodes = nodes
+        self._rows_of = [[] for _ in nodes]
+        self._bits = np.array([bits.get(known.info.node, len(nodes)) for known in self._instances], dtype=np.int64)
+        for row, bit in enumerate(self._bits.tolist()):
+            if bit < len(nodes):
+                self._rows_of[bit].append(row)
+        self._unheard = np.flatnonzero(self._bits == len(nodes))
 
 
 class DecodeTable:
@@ -214,18 +184,17 @@ class DecodeTable:
     __slots__ = (
         "_batch",
         "_can_prefill",
-        "_coming_batch",
-        "_coming_context",
         "_context_tokens",
         "_free_kv_tokens",
         "_ids",
         "_kv_tokens",
         "_max_batch",
+        "_mixed",
+        "_parts",
         "_queued",
         "_rows",
         "_seats",
-        "_staying_batch",
-        "_staying_context",
+        "_shares",
         "_taken_batch",
         "_taken_context",
         "_taken_kv",
@@ -242,10 +211,9 @@ class DecodeTable:
         self._taken_batch: Ints = np.zeros(count, dtype=np.int64)
         self._taken_context: Ints = np.zeros(count, dtype=np.int64)
         self._taken_kv: Ints = np.zeros(count, dtype=np.int64)
-        self._staying_batch: Floats = np.zeros(count)  # of `taken`
-        self._staying_context: Floats = np.zeros(count)
-        self._coming_batch: Floats = np.zeros(count)
-        self._coming_context: Floats = np.zeros(count)
+        self._parts: Floats = np.zeros((2, 2 * count))  # those who decode, those who come: batches, then context tokens
+        self._shares: Floats = np.zeros((2, 1))
+        self._mixed: Floats = np.zeros((2, 2 * count))
         self._kv_tokens: Ints = np.array([known.max_kv_tokens for known in instances], dtype=np.int64)
         self._max_batch: Ints = np.array([known.max_batch for known in instances], dtype=np.int64)
         self._can_prefill: Bools = np.array([known.can_prefill for known in instances], dtype=np.bool_)
@@ -257,8 +225,8 @@ class DecodeTable:
             self._taken_context,
             self._taken_kv,
         ]
-        floats = [self._staying_batch, self._staying_context, self._coming_batch, self._coming_context]
-        self._seats = _writers([*seats, *floats])
+        parts = [part[start : start + count] for part in self._parts for start in (0, count)]
+        self._seats = _writers([*seats, *parts])
 
     def booked(self, known: Instance) -> None:
         row = self._rows.get(known.id)
@@ -295,11 +263,13 @@ class DecodeTable:
 
         Whole numbers, but floats, of which an operation takes a third of the time.
         """
-        batch: Floats = self._staying_batch * stayed
-        batch += self._coming_batch * came
-        context_tokens: Floats = self._staying_context * stayed
-        context_tokens += self._coming_context * came
-        return np.floor(batch, out=batch), np.floor(context_tokens, out=context_tokens)
+        count = len(self._ids)
+        self._shares[0], self._shares[1] = stayed, came
+        mixed = np.multiply(self._parts, self._shares, out=self._mixed)
+        total: Floats = mixed[0]
+        total += mixed[1]
+        np.floor(total, out=total)
+        return total[:count], total[count:]
 
     def check_as(self, other: DecodeTable) -> None:
         """Raises InvariantError unless `other`, which was just made, says the same."""

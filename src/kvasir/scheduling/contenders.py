@@ -1,64 +1,219 @@
-"""Among many instances, those that can be the best for a prompt: found by columns, so that only they are looked at one by one.
+"""Among many instances, those that can be the best for a prompt: found by groups, of which most need no look inside.
 
-Of instances that have the same prefix of a prompt, the one that is free soonest, and does most of its time prefill, has it
-done first; whether it computes the rest itself or fetches the longest prefix before decides which of the two counts for more.
+Nobody in a group has the prompt done before one would who had the group's longest prefix of it, were free when its first is,
+and as fast as its fastest. Where that is later than those found already, the group has no better.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
+from kvasir.core.errors import InvariantError
 from kvasir.pool.match import PrefixMatch
-from kvasir.scheduling.columns import FEW_NODES, PrefillTable
+from kvasir.scheduling.instance import Instance
 from kvasir.scheduling.policies.choice import NUM_RECORDED
-from kvasir.scheduling.view import Floats
 
 if TYPE_CHECKING:
-    from kvasir.scheduling.few import FewView
+    from kvasir.scheduling.few import FewView, Prefiller
+
+GROUP: Final = 16
+"""Instances of a group: to look at each takes about as long as at two groups from outside."""
+
+EVERYBODY: Final = -1
+"""The mask of all nodes."""
+
+ROUNDING_S: Final = 1e-6
+"""What a bound, in which absolute times are subtracted, may be wrong by."""
 
 
-def contenders(table: PrefillTable, view: FewView, match: PrefixMatch, *, now: float, rank: float) -> dict[int, int]:
-    """Row → blocks of prefix. Among those of each prefix are the first by each of a policy's plans, or as good (to rounding).
-
-    `view` has the prompt, which would queue at `rank`.
+class Group:
+    """Some instances by row, and what none of them is below: free at a time, after a wait, slowness (seconds for one of
+    prefill). `bound_s` is the TTFT that none of them is below for the prompt that was last asked for.
     """
-    found: dict[int, int] = {}
-    wait_s = table.about_wait_s(now, rank)
-    table.see(match)
-    for mask, blocks in match.runs:
-        if mask.bit_count() <= FEW_NODES:
-            for row in table.rows_on(mask):
-                found[row] = blocks
-                wait_s[row] = math.inf
-        else:
-            is_on = table.is_on(mask)
-            _add_best(found, table.slowness, np.where(is_on, wait_s, math.inf), view, blocks)
-            wait_s[is_on] = math.inf
-    _add_best(found, table.slowness, wait_s, view, 0)
-    return found
+
+    __slots__ = ("bound_s", "free_s", "is_stale", "least_wait_s", "mask", "masks", "members", "rows", "slowness")
+
+    def __init__(self, rows: list[int], members: list[Instance]):
+        self.rows = rows
+        self.members = members
+        self.masks = [0] * len(rows)  # the bits of the members' nodes in the masks of a match
+        self.mask = 0
+        self.is_stale = True
+        self.free_s = self.least_wait_s = math.inf
+        self.slowness = self.bound_s = math.inf
+
+    def refresh(self) -> None:
+        free_s = least_wait_s = math.inf
+        most_pace = 0.0
+        for known in self.members:
+            book = known.book
+            own_free_s, own_wait_s, pace = book.free_s, book.least_wait_s, book.pace
+            if own_free_s < free_s:
+                free_s = own_free_s
+            if own_wait_s < least_wait_s:
+                least_wait_s = own_wait_s
+            if pace > most_pace:
+                most_pace = pace
+        self.free_s, self.least_wait_s, self.slowness = free_s, least_wait_s, 1.0 / most_pace
+        self.is_stale = False
 
 
-def _add_best(found: dict[int, int], slowness: Floats, wait_s: Floats, view: FewView, blocks: int) -> None:
-    """Of those that have so many blocks; the wait of all others is infinite."""
-    tokens = blocks * view.block_tokens
-    computed_s = slowness * view.prefill_s(tokens)
-    computed_s += wait_s
-    _add_least(found, computed_s, blocks)
-    transfer_s = view.transfer_s(view.best_tokens - tokens)
-    if transfer_s > 0.0:
-        fetched_s = slowness * view.rest_s
-        # the wait hides the transfer, or the other way round
-        fetched_s += np.maximum(wait_s, transfer_s - view.rest_s) if view.layerwise else wait_s
-        _add_least(found, fetched_s, blocks)
+class Prefix:
+    """A prefix that some nodes have: computing the rest takes `local_s` alone. A fetch, by whoever has no longer one, does not
+    let the prefill behind it begin before `fetched_s`.
+    """
+
+    __slots__ = ("blocks", "fetched_s", "local_s", "mask")
+
+    def __init__(self, mask: int, blocks: int, local_s: float, fetched_s: float):
+        self.mask = mask
+        self.blocks = blocks
+        self.local_s = local_s
+        self.fetched_s = fetched_s
 
 
-def _add_least(found: dict[int, int], seconds: Floats, blocks: int) -> None:
-    for _ in range(NUM_RECORDED):
-        row = int(seconds.argmin())
-        if seconds[row] == math.inf:
+class Contenders:
+    """All instances that can prefill, in groups of those that decode as well and those that do not."""
+
+    __slots__ = ("_decoding", "_group_of", "_groups", "_nodes")
+
+    def __init__(self, prefillers: list[Instance]):
+        self._nodes: tuple[str | None, ...] | None = None  # by whose bits the groups' masks are
+        decoding = [row for row, known in enumerate(prefillers) if known.can_decode]
+        others = [row for row, known in enumerate(prefillers) if not known.can_decode]
+        self._decoding = _groups(decoding, prefillers)
+        self._groups = [*_groups(others, prefillers), *self._decoding]
+        self._group_of = {known.id: group for group in self._groups for known in group.members}
+
+    def booked(self, known: Instance) -> None:
+        """Its queue or its pace has changed."""
+        group = self._group_of.get(known.id)
+        if group is not None:
+            group.is_stale = True
+
+    def find(self, view: FewView, match: PrefixMatch, now: float) -> list[Prefiller]:
+        """The NUM_RECORDED that `view` has the least TTFT for, or others as good to rounding, in order of their rows.
+
+        The prompt of `view` must go last in every queue.
+        """
+        return self._find(self._groups, view, match, now)
+
+    def find_decoding(self, view: FewView, match: PrefixMatch, now: float) -> list[Prefiller]:
+        """As `find`, of those that decode as well."""
+        return self._find(self._decoding, view, match, now)
+
+    def _find(self, groups: list[Group], view: FewView, match: PrefixMatch, now: float) -> list[Prefiller]:
+        best: list[Prefiller] = []
+        if not groups:
+            return best
+        self._see(match.nodes)
+        prefixes = _prefixes(view, match)
+        nearest, least_s = groups[0], math.inf
+        for group in groups:
+            self._bind(group, view, prefixes, now)
+            if group.bound_s < least_s:
+                nearest, least_s = group, group.bound_s
+        _look_into(nearest, best, view, prefixes)
+        for group in groups:
+            if group is not nearest and (len(best) < NUM_RECORDED or _can_be_better(group, best)):
+                _look_into(group, best, view, prefixes)
+        best.sort(key=_row)
+        return best
+
+    def check(self) -> None:
+        """Raises InvariantError if a group that is not stale says what its members do not."""
+        for group in self._groups:
+            if not group.is_stale:
+                said = group.free_s, group.least_wait_s, group.slowness
+                group.refresh()
+                if said != (group.free_s, group.least_wait_s, group.slowness):
+                    raise InvariantError(f"the group of {group.members[0].id} says {said}, its members disagree")
+
+    def _see(self, nodes: tuple[str | None, ...]) -> None:
+        """Have the bits of each node in a match's masks; `nodes` changes only as a whole."""
+        if nodes is self._nodes:
             return
-        seconds[row] = math.inf
-        found[row] = blocks
+        self._nodes = nodes
+        bits = {node: bit for bit, node in enumerate(nodes)}
+        for group in self._groups:
+            group.masks = [1 << bits[known.node] if known.node in bits else 0 for known in group.members]
+            group.mask = 0
+            for mask in group.masks:
+                group.mask |= mask
+
+    def _bind(self, group: Group, view: FewView, prefixes: list[Prefix], now: float) -> None:
+        """Set its `bound_s`. Comparisons are written out here, since `min` and `max` of floats are calls in machine code."""
+        if group.is_stale:
+            group.refresh()
+        longest = _longest(prefixes, group.mask)
+        slowness, wait_s = group.slowness, group.free_s - now
+        if wait_s < group.least_wait_s:
+            wait_s = group.least_wait_s
+        computed_s = wait_s + longest.local_s * slowness
+        if wait_s < longest.fetched_s:
+            wait_s = longest.fetched_s
+        fetched_s = wait_s + view.rest_s * slowness
+        if fetched_s < computed_s:
+            computed_s = fetched_s
+        group.bound_s = computed_s
+
+
+def _groups(rows: list[int], prefillers: list[Instance]) -> list[Group]:
+    parts = [rows[start : start + GROUP] for start in range(0, len(rows), GROUP)]
+    return [Group(part, [prefillers[row] for row in part]) for part in parts]
+
+
+def _prefixes(view: FewView, match: PrefixMatch) -> list[Prefix]:
+    """The longest first; the last is none, which everybody has."""
+    prefixes: list[Prefix] = []
+    fetched_s = math.inf
+    for mask, blocks in ((EVERYBODY, 0), *match.runs):
+        tokens = blocks * view.block_tokens
+        if view.fetches(tokens):
+            transfer_s = view.transfer_s(view.best_tokens - tokens)
+            # waiting and the prefill itself hide it
+            fetched_s = min(fetched_s, transfer_s - view.rest_s if view.layerwise else 0.0)
+        prefixes.append(Prefix(mask, blocks, view.prefill_s(tokens), fetched_s))
+    prefixes.reverse()
+    return prefixes
+
+
+def _longest(prefixes: list[Prefix], mask: int) -> Prefix:
+    """Of those that one of these nodes has."""
+    for prefix in prefixes:
+        if prefix.mask & mask:
+            return prefix
+    return prefixes[-1]
+
+
+def _can_be_better(group: Group, best: list[Prefiller]) -> bool:
+    last = best[-1]
+    if group.bound_s == last.ttft_s:  # as where many are idle: the first row goes first
+        return group.rows[0] < last.row
+    return group.bound_s < last.ttft_s + ROUNDING_S
+
+
+def _look_into(group: Group, best: list[Prefiller], view: FewView, prefixes: list[Prefix]) -> None:
+    for place, row in enumerate(group.rows):
+        _add(best, view.look_at(row, _longest(prefixes, group.masks[place]).blocks))
+
+
+def _add(best: list[Prefiller], known: Prefiller) -> None:
+    """Keep the first NUM_RECORDED, in order; of equals the first row goes first."""
+    if len(best) == NUM_RECORDED:
+        last = best[-1]
+        if known.ttft_s > last.ttft_s or (known.ttft_s == last.ttft_s and known.row > last.row):
+            return
+        best.pop()
+    place = len(best)
+    while place:
+        before = best[place - 1]
+        if before.ttft_s < known.ttft_s or (before.ttft_s == known.ttft_s and before.row < known.row):
+            break
+        place -= 1
+    best.insert(place, known)
+
+
+def _row(known: Prefiller) -> int:
+    return known.row

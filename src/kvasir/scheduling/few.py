@@ -13,10 +13,10 @@ from typing import Final
 from kvasir.core.commands import Candidate
 from kvasir.costs.quick import QuickCosts
 from kvasir.pool.match import PrefixMatch
-from kvasir.scheduling.contenders import contenders
 from kvasir.scheduling.decode_choice import FULL, DecodeChoice, DecodeRule, least_expected_tbt, least_tbt, stay
 from kvasir.scheduling.fleet import Fleet
 from kvasir.scheduling.instance import Instance
+from kvasir.scheduling.policies.interface import PlacementOfFew
 from kvasir.scheduling.view import staged
 
 FEW = 128
@@ -25,36 +25,46 @@ FEW = 128
 
 NEVER_S: Final = math.inf
 
+NOTHING: Final = PrefixMatch((), (), ())
+
 
 class Prefiller:
-    """An instance that can prefill, for one prompt: free in `wait_s`, for a share `pace` of its time.
+    """An instance that can prefill, the `row`th, for one prompt: free in `wait_s`, for a share `pace` of its time.
 
-    `local_s` and `fetch_s` are as ClusterView has them.
+    `local_s` and `fetch_s` are as ClusterView has them, but a fetch that the policy would not do takes for ever. The faster of
+    them gives `ttft_s`.
     """
 
-    __slots__ = ("fetch_s", "instance", "local_s", "pace", "prefix_tokens", "wait_s")
+    __slots__ = ("fetch_s", "instance", "local_s", "pace", "prefix_tokens", "row", "ttft_s", "wait_s")
 
-    def __init__(self, instance: Instance):
+    def __init__(self, row: int, instance: Instance):
+        self.row = row
         self.instance = instance
         self.wait_s = 0.0
         self.pace = 1.0
         self.prefix_tokens = 0
         self.local_s = 0.0
         self.fetch_s = NEVER_S
+        self.ttft_s = 0.0
 
 
 class FewView:
     """The cluster as of the last look at it, for one prompt; all that is not said here is as in ClusterView.
 
-    The rest of the prompt behind the longest prefix takes `rest_s` alone. `prefillers` are in order of their ids; where the
-    view is not whole, those are left out than whom others with as long a prefix are sooner done, by whatever plan.
+    The rest of the prompt behind the longest prefix takes `rest_s` alone. `prefillers` are in order of their ids; in a
+    view that is not whole, they are those of least `ttft_s`, as many as a decision records.
     """
 
     __slots__ = (
         "_behind_s",
         "_behind_tokens",
+        "_fetches_behind",
         "_known",
+        "_match",
+        "_now",
         "_of_all",
+        "_policy",
+        "_rank",
         "best_tokens",
         "block_tokens",
         "chunk_tokens",
@@ -83,8 +93,10 @@ class FewView:
         chunk_tokens: int | None,
         layerwise: bool,
         max_stages: int,
+        policy: PlacementOfFew | None,
     ):
         self.fleet = fleet
+        self._policy = policy
         self.costs = costs
         self.kv_bytes_per_token = kv_bytes_per_token
         self.chunk_tokens = chunk_tokens
@@ -97,29 +109,76 @@ class FewView:
         self.prefillers = self._of_all
         self.is_whole = True
         self.num_prompt_tokens = self.best_tokens = self._behind_tokens = 0
-        self.rest_s = self._behind_s = self.due_in_s = 0.0
+        self.rest_s = self._behind_s = self.due_in_s = self._now = self._rank = 0.0
+        self._fetches_behind = False
         self.source: str | None = None
+        self._match = NOTHING
 
     def look(self, match: PrefixMatch, *, num_prompt_tokens: int, now: float, rank: float, due_s: float) -> None:
         """See how things are now, for this prompt. Valid until the fleet changes."""
-        fleet, block_tokens = self.fleet, self.block_tokens
+        fleet = self.fleet
         if self._known is not fleet.prefillers:
             self._known = fleet.prefillers
-            self._of_all = [Prefiller(known) for known in fleet.prefillers]
+            self._of_all = [Prefiller(row, known) for row, known in enumerate(fleet.prefillers)]
         self.num_prompt_tokens = num_prompt_tokens
-        self.best_tokens = match.best * block_tokens
+        self.best_tokens = match.best * self.block_tokens
         self.source = match.source
-        self.due_in_s = due_s - now
+        self.due_in_s, self._now, self._rank = due_s - now, now, rank
         self.rest_s = self.prefill_s(self.best_tokens)
-        self._behind_tokens, self._behind_s = self.best_tokens, self.rest_s
-        self.is_whole = len(self._of_all) <= FEW
+        self._behind_tokens, self._behind_s, self._fetches_behind = self.best_tokens, self.rest_s, False
+        self.is_whole = len(self._of_all) <= FEW or rank < fleet.latest_rank
         if self.is_whole:
-            self.prefillers, blocks = self._of_all, fleet.blocks_at_prefillers(match)
+            self.prefillers = self._of_all
+            for row, blocks in enumerate(fleet.blocks_at_prefillers(match)):
+                self.look_at(row, blocks)
         else:
-            found = sorted(contenders(fleet.prefill_table, self, match, now=now, rank=rank).items())
-            self.prefillers, blocks = [self._of_all[row] for row, _ in found], [count for _, count in found]
-        for row, prefiller in enumerate(self.prefillers):
-            self._look_at(prefiller, prefiller.instance.book.wait_s(now, rank), blocks[row] * block_tokens)
+            self.prefillers = fleet.contenders.find(self, match, now)
+            self._match = match
+
+    def decoding(self) -> list[Prefiller]:
+        """Of those that decode as well the ones of least `ttft_s`. Only in a view that is not whole."""
+        return self.fleet.contenders.find_decoding(self, self._match, self._now)
+
+    def narrow(self, prefillers: list[Prefiller]) -> None:
+        """Only these count."""
+        self.prefillers = prefillers
+
+    def look_at(self, row: int, blocks: int) -> Prefiller:
+        """At one, whose node has so many blocks of the prompt."""
+        prefiller = self._of_all[row]
+        book = prefiller.instance.book
+        wait_s, pace, prefix_tokens = book.wait_s(self._now, self._rank), book.pace, blocks * self.block_tokens
+        if prefix_tokens != self._behind_tokens:  # most have the same prefix as the one before
+            self._behind_tokens, self._behind_s = prefix_tokens, self.prefill_s(prefix_tokens)
+            self._fetches_behind = self.fetches(prefix_tokens)
+        prefiller.wait_s, prefiller.pace, prefiller.prefix_tokens = wait_s, pace, prefix_tokens
+        prefiller.local_s = seconds = self._behind_s / pace
+        prefiller.fetch_s = NEVER_S
+        if self._fetches_behind:
+            transfer_s = self.transfer_s(self.best_tokens - prefix_tokens)
+            if self.layerwise:
+                transfer_s = transfer_s - wait_s - self.rest_s
+                if transfer_s < 0.0:
+                    transfer_s = 0.0
+            prefiller.fetch_s = fetch_s = transfer_s + self.rest_s / pace
+            if fetch_s < seconds:
+                seconds = fetch_s
+        prefiller.ttft_s = wait_s + seconds
+        return prefiller
+
+    def fetches(self, prefix_tokens: int) -> bool:
+        """Whether the longest prefix may be fetched to where there are so many tokens of it."""
+        best_tokens, policy = self.best_tokens, self._policy
+        return best_tokens > prefix_tokens and policy is not None and policy.fetches(prefix_tokens, best_tokens)
+
+    def free_first(self) -> list[Prefiller]:
+        """All that do nothing but prefill, in the order in which they are free; then the others."""
+        free_s: list[float] = []
+        for known in self._of_all:
+            book = known.instance.book
+            known.wait_s, known.pace = book.wait_s(self._now, self._rank), book.pace
+            free_s.append(NEVER_S if known.pace < 1.0 else known.wait_s)
+        return [self._of_all[row] for row in sorted(range(len(free_s)), key=free_s.__getitem__)]
 
     @property
     def num_prefillers(self) -> int:
@@ -131,26 +190,6 @@ class FewView:
 
     def transfer_s(self, tokens: int) -> float:
         return self.costs.transfer_s(tokens * self.kv_bytes_per_token) if tokens > 0 else 0.0
-
-    def _look_at(self, prefiller: Prefiller, wait_s: float, prefix_tokens: int) -> None:
-        pace = prefiller.instance.book.pace
-        prefiller.wait_s, prefiller.pace, prefiller.prefix_tokens = wait_s, pace, prefix_tokens
-        prefiller.local_s = self._behind(prefix_tokens) / pace
-        transfer_s = self.transfer_s(self.best_tokens - prefix_tokens)
-        if transfer_s <= 0.0:
-            prefiller.fetch_s = NEVER_S
-            return
-        if self.layerwise:
-            transfer_s = transfer_s - wait_s - self.rest_s
-            if transfer_s < 0.0:
-                transfer_s = 0.0
-        prefiller.fetch_s = transfer_s + self.rest_s / pace
-
-    def _behind(self, prefix_tokens: int) -> float:
-        """As `prefill_s`. Most have the same prefix as the one before."""
-        if prefix_tokens != self._behind_tokens:
-            self._behind_tokens, self._behind_s = prefix_tokens, self.prefill_s(prefix_tokens)
-        return self._behind_s
 
     def local(self, row: int) -> Candidate:
         known = self.prefillers[row]
@@ -169,8 +208,7 @@ class FewView:
         known = self.prefillers[row]
         return self.fetch(row) if known.fetch_s < known.local_s else self.local(row)
 
-    def pipeline(self, rows: list[int]) -> Candidate:
-        stages = [self.prefillers[row] for row in rows]
+    def pipeline(self, stages: list[Prefiller]) -> Candidate:
         group = tuple([stage.instance.id for stage in stages])
         wait_s, pace = max([stage.wait_s for stage in stages]), min([stage.pace for stage in stages])
         return staged(self, group, wait_s=wait_s, pace=pace)

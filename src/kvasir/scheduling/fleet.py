@@ -13,7 +13,8 @@ from kvasir.core.events import InstanceInfo
 from kvasir.costs.model import CostModel
 from kvasir.costs.quick import quick
 from kvasir.pool.match import PrefixMatch
-from kvasir.scheduling.columns import PrefillTable, Tables
+from kvasir.scheduling.columns import Tables
+from kvasir.scheduling.contenders import Contenders
 from kvasir.scheduling.instance import Instance, Seat, Taken
 from kvasir.scheduling.plan import Outlook
 from kvasir.scheduling.view import DecodeColumns, Floats, Ints, PrefillColumns
@@ -47,6 +48,7 @@ class Fleet:
         self._latest_rank = -math.inf
         self._masks_nodes: tuple[str | None, ...] | None = None  # for which `_masks` are: those of the prefillers' nodes
         self._masks: list[int] = []
+        self._contenders: Contenders | None = None
         self.answer_tokens = math.inf
         """Tokens of an answer, on average; the Placer learns it."""
         self.ttft_s = 0.0
@@ -140,9 +142,16 @@ class Fleet:
         return columns if kept is None else columns.only(kept)
 
     @property
-    def prefill_table(self) -> PrefillTable:
-        """For what those `prefill_columns` take too long. Valid until the fleet changes."""
-        return self._fresh_tables().prefills
+    def latest_rank(self) -> float:
+        """No prefill that was ever sent has a later one."""
+        return self._latest_rank
+
+    @property
+    def contenders(self) -> Contenders:
+        """Who of `prefillers` can be best, made when it is first wanted."""
+        if self._contenders is None:
+            self._contenders = Contenders(self._prefillers)
+        return self._contenders
 
     def least_expected(self, in_s: float) -> tuple[Floats, Floats]:
         """Of each of `decoders`, the batch and the context tokens that it decodes in so many seconds at least.
@@ -329,6 +338,8 @@ class Fleet:
             raise InvariantError(f"instances are not in order of their ids: {list(self._by_id)}")
         if self._tables is not None:
             self._fresh_tables().check_as(Tables(self._rows, self._prefillers, self._decoders, self._reserved))
+        if self._contenders is not None:
+            self._contenders.check()
 
     # --- indexes -----------------------------------------------------------------------------------------------
 
@@ -347,6 +358,7 @@ class Fleet:
         self._decodes_both_ways = len({known.can_prefill for known in self._decoders}) == 2
         self._masks_nodes = None
         self._tables: Tables | None = None
+        self._contenders = None
 
     def _fresh_tables(self) -> Tables:
         """Made when they are first wanted, which among a few instances is seldom."""
@@ -360,6 +372,8 @@ class Fleet:
     def _booked(self, known: Instance) -> None:
         if self._tables is not None:
             self._tables.booked(known)
+        if self._contenders is not None:
+            self._contenders.booked(known)
 
     def _seated(self, known: Instance, now: float) -> None:
         if self._tables is not None:

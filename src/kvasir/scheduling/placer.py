@@ -115,6 +115,7 @@ class Placer:
             chunk_tokens=config.chunk_tokens,
             layerwise=config.layerwise,
             max_stages=config.max_stages,
+            policy=self._of_few,
         )
         rule_of_many = RULES_OF_MANY.get(rules.decode)
         self._rule_of_many = partial(rule_of_many, fleet) if rule_of_many is not None else rules.decode

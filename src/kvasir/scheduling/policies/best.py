@@ -37,9 +37,10 @@ def least_rows(scores: Floats) -> list[int]:
     return rows
 
 
-def best_of_few(view: FewView, scores: list[float], candidate: Callable[[int], Candidate], why: str) -> Choice:
-    """As `best_of`."""
-    return choice_of(least_of_few(scores), candidate, f"{why} among {view.num_prefillers}")
+def best_of_few(view: FewView, why: str) -> Choice:
+    """As `best_of`, of least TTFT."""
+    rows = least_of_few([known.ttft_s for known in view.prefillers])
+    return choice_of(rows, view.faster, f"{why} among {view.num_prefillers}")
 
 
 def least_of_few(scores: list[float]) -> list[int]:

@@ -28,11 +28,11 @@ class Placement(Protocol):
 
 @runtime_checkable
 class PlacementOfFew(Protocol):
-    """A policy that also places number by number, of many instances among those that can be best.
+    """A policy of least TTFT that also places number by number."""
 
-    Of two that have as long a prefix, it must not prefer the one that will have computed the rest later, and have fetched the
-    longest prefix and computed what is behind it later, too.
-    """
+    def fetches(self, prefix_tokens: int, best_tokens: int) -> bool:
+        """Whether it may bring the longest prefix to where there is one of `prefix_tokens`, if that is faster."""
+        ...
 
     def place_few(self, view: FewView) -> Choice | None:
         """What `place` would choose, or None to be asked that after all."""

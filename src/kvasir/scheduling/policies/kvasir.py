@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING, Final
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from kvasir.core.commands import Candidate
 from kvasir.scheduling.policies.best import choice_of, least_of_few, least_rows
-from kvasir.scheduling.policies.choice import Choice
+from kvasir.scheduling.policies.choice import NUM_RECORDED, Choice
 from kvasir.scheduling.view import ClusterView, Floats
 
 if TYPE_CHECKING:
@@ -58,32 +59,32 @@ class Kvasir:
         if view.max_stages == 1 or alone.ttft_s <= MARGIN * view.due_in_s:
             return alone
         prefills = view.prefills
-        free_first = np.argsort(np.where(prefills.pace < 1.0, np.inf, prefills.wait_s), kind="stable")
-        return _pipeline(view, alone, free_first.tolist())
+        free_first = np.argsort(np.where(prefills.pace < 1.0, np.inf, prefills.wait_s), kind="stable").tolist()
+        return _pipeline(view, alone, len(free_first), lambda count: view.pipeline(free_first[:count]))
 
     def place_few(self, view: FewView) -> Choice | None:
         """As `place`."""
-        ttft_s = [known.wait_s + min(known.local_s, known.fetch_s) for known in view.prefillers]
+        if not view.is_whole and not _sees_all_that_are_wanted(view):
+            return None
+        ttft_s = [known.ttft_s for known in view.prefillers]
         if view.is_whole:
             ttft_s = _where_wanted_of_few(view, ttft_s)
-        rows = least_of_few(ttft_s)
-        if not view.is_whole and not _are_wanted(view, rows, ttft_s):
-            return None
-        alone = choice_of(rows, view.faster, f"{WHY} among {view.num_prefillers}")
+        alone = choice_of(least_of_few(ttft_s), view.faster, f"{WHY} among {view.num_prefillers}")
         if view.max_stages == 1 or alone.ttft_s <= MARGIN * view.due_in_s:
             return alone
-        if not view.is_whole:
-            return None
-        free_s = [math.inf if known.pace < 1.0 else known.wait_s for known in view.prefillers]
-        return _pipeline(view, alone, sorted(range(len(free_s)), key=free_s.__getitem__))
+        free_first = view.free_first()
+        return _pipeline(view, alone, len(free_first), lambda count: view.pipeline(free_first[:count]))
+
+    def fetches(self, prefix_tokens: int, best_tokens: int) -> bool:
+        return True
 
 
-def _pipeline(view: ClusterView | FewView, alone: Choice, free_first: list[int]) -> Choice:
+def _pipeline(view: ClusterView | FewView, alone: Choice, most: int, pipeline: Callable[[int], Candidate]) -> Choice:
     """Twice as many stages until it is in time or does not get faster. A stage that decodes beside would slow all down."""
     best = alone.chosen
     num_stages = 2
-    while num_stages <= min(view.max_stages, len(free_first)):
-        candidate = view.pipeline(free_first[:num_stages])
+    while num_stages <= min(view.max_stages, most):
+        candidate = pipeline(num_stages)
         if candidate.ttft_s >= best.ttft_s or candidate.wait_s > IDLE * view.due_in_s:
             break
         best = candidate
@@ -92,7 +93,7 @@ def _pipeline(view: ClusterView | FewView, alone: Choice, free_first: list[int])
         num_stages *= 2
     if best is alone.chosen:
         return alone
-    why = f"pipeline of {len(best.group)} stages, being late alone, among {len(free_first)}"
+    why = f"pipeline of {len(best.group)} stages, being late alone, among {most}"
     return Choice((best, *alone.candidates[:2]), why)
 
 
@@ -136,12 +137,17 @@ def _where_wanted(view: ClusterView, ttft_s: Floats) -> Floats:
     return ttft_s
 
 
-def _are_wanted(view: FewView, rows: list[int], ttft_s: list[float]) -> bool:
-    """Whether all of these may prefill the prompt, whoever else there is."""
+def _sees_all_that_are_wanted(view: FewView) -> bool:
+    """For a view of the best only: whether they are the best of those that should prefill the prompt, too. If these are those
+    that decode as well, the view is narrowed to them.
+    """
     if _shows(view, view.rest_s):
-        return False
-    known = view.prefillers
-    return not any(known[row].pace < 1.0 and ttft_s[row] > SLACK_HORIZON_S for row in rows)
+        in_time = [known for known in view.decoding() if known.ttft_s <= MARGIN * view.due_in_s]
+        if in_time and len(in_time) < NUM_RECORDED:
+            return False
+        if in_time:
+            view.narrow(in_time)
+    return not any(known.pace < 1.0 and known.ttft_s > SLACK_HORIZON_S for known in view.prefillers)
 
 
 def _shows(view: ClusterView | FewView, rest_s: float) -> bool:

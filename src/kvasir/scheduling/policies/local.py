@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from kvasir.scheduling.policies.best import best_of, best_of_few
 from kvasir.scheduling.policies.choice import Choice
@@ -12,14 +12,18 @@ from kvasir.scheduling.view import ClusterView
 if TYPE_CHECKING:
     from kvasir.scheduling.few import FewView
 
+WHY: Final = "least TTFT from local caches"
+
 
 class Local:
     name = "local"
 
     def place(self, view: ClusterView, rng: Random) -> Choice:
-        return best_of(view.prefills.wait_s + view.own_s, view.own, "least TTFT from local caches")
+        return best_of(view.prefills.wait_s + view.own_s, view.own, WHY)
 
     def place_few(self, view: FewView) -> Choice | None:
         """As `place`."""
-        ttft_s = [known.wait_s + known.local_s for known in view.prefillers]
-        return best_of_few(view, ttft_s, view.local, "least TTFT from local caches")
+        return best_of_few(view, WHY)
+
+    def fetches(self, prefix_tokens: int, best_tokens: int) -> bool:
+        return False

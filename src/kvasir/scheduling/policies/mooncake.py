@@ -18,6 +18,8 @@ BALANCING_THRESHOLD: Final = 4.0
 """Fetch when the best prefix is more than this many times the own. The paper tunes it by hand and gives no value; at 4 a
 fetch saves at least three quarters of the prefix, and prefixes are copied where it pays, not everywhere."""
 
+WHY: Final = "least TTFT by Algorithm 1"
+
 
 class Mooncake:
     """For each instance: the longest prefix of any node if `best / own > threshold`, else its own; then least TTFT.
@@ -36,16 +38,11 @@ class Mooncake:
         is_short = view.best_tokens > self.balancing_threshold * view.prefills.prefix_tokens
         fetches = is_short & (view.fetch_s < view.own_s)
         ttft_s = view.prefills.wait_s + np.where(fetches, view.fetch_s, view.own_s)
-        return best_of(ttft_s, lambda row: view.fetch(row) if fetches[row] else view.own(row), "least TTFT by Algorithm 1")
+        return best_of(ttft_s, lambda row: view.fetch(row) if fetches[row] else view.own(row), WHY)
 
     def place_few(self, view: FewView) -> Choice | None:
         """As `place`."""
-        threshold, best = self.balancing_threshold, view.best_tokens
-        fetches = [best > threshold * known.prefix_tokens and known.fetch_s < known.local_s for known in view.prefillers]
-        ttft_s = [
-            known.wait_s + (known.fetch_s if fetch else known.local_s)
-            for known, fetch in zip(view.prefillers, fetches, strict=True)
-        ]
-        return best_of_few(
-            view, ttft_s, lambda row: view.fetch(row) if fetches[row] else view.local(row), "least TTFT by Algorithm 1"
-        )
+        return best_of_few(view, WHY)
+
+    def fetches(self, prefix_tokens: int, best_tokens: int) -> bool:
+        return best_tokens > self.balancing_threshold * prefix_tokens
