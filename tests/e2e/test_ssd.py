@@ -47,7 +47,8 @@ def ask(found: RealCluster, reference: Any, name: str, seed: int) -> int:
     """Checks the answer; how many tokens of the prompt came from cache."""
     prompt = prompt_of(seed, LENGTH)
     tokens, cached = found.run(answer(found.hub, greedy(name, prompt, OUTPUT)), 120.0)
-    assert tokens == plain(reference, prompt)
+    expected = plain(reference, prompt)
+    assert tokens == expected, f"{name}, {cached} tokens cached: {tokens} instead of {expected}"
     return cached
 
 
