@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 Runs = tuple[tuple[int, int], ...]
 """(mask of the nodes whose prefix ends there, its length in blocks), shortest first; no node is in two, no length is 0."""
 
@@ -58,6 +60,11 @@ class PrefixMatch:
 
     def on_any(self, node: str) -> int:
         return self.blocks_any.get(node, 0)
+
+    def masks_of(self, nodes: Iterable[str]) -> list[int]:
+        """The bit of each of these nodes in a mask; 0 for one that the directory has not heard of."""
+        bits = {node: bit for bit, node in enumerate(self.nodes)}
+        return [1 << bits[node] if node in bits else 0 for node in nodes]
 
     def names(self, mask: int) -> tuple[str, ...]:
         """The nodes of a mask, by bit."""

@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING, Final
 from kvasir.core.errors import InvariantError
 from kvasir.pool.match import PrefixMatch
 from kvasir.scheduling.instance import Instance
+from kvasir.scheduling.policies.best import least_of_few
 from kvasir.scheduling.policies.choice import NUM_RECORDED
 
 if TYPE_CHECKING:
     from kvasir.scheduling.few import FewView, Prefiller
 
 GROUP: Final = 16
-"""Instances of a group: to look at each takes about as long as at two groups from outside."""
-
-EVERYBODY: Final = -1
-"""The mask of all nodes."""
+"""Instances of a group: of a thousand there are some sixty, of which one or two are looked into."""
 
 ROUNDING_S: Final = 1e-6
 """What a bound, in which absolute times are subtracted, may be wrong by."""
@@ -104,20 +102,19 @@ class Contenders:
         return self._find(self._decoding, view, match, now)
 
     def _find(self, groups: list[Group], view: FewView, match: PrefixMatch, now: float) -> list[Prefiller]:
-        best: list[Prefiller] = []
         if not groups:
-            return best
-        self._see(match.nodes)
+            return []
+        self._see(match)
         prefixes = _prefixes(view, match)
         nearest, least_s = groups[0], math.inf
         for group in groups:
             self._bind(group, view, prefixes, now)
             if group.bound_s < least_s:
                 nearest, least_s = group, group.bound_s
-        _look_into(nearest, best, view, prefixes)
+        best = _look_into(nearest, [], view, prefixes)
         for group in groups:
             if group is not nearest and (len(best) < NUM_RECORDED or _can_be_better(group, best)):
-                _look_into(group, best, view, prefixes)
+                best = _look_into(group, best, view, prefixes)
         best.sort(key=_row)
         return best
 
@@ -130,14 +127,14 @@ class Contenders:
                 if said != (group.free_s, group.least_wait_s, group.slowness):
                     raise InvariantError(f"the group of {group.members[0].id} says {said}, its members disagree")
 
-    def _see(self, nodes: tuple[str | None, ...]) -> None:
-        """Have the bits of each node in a match's masks; `nodes` changes only as a whole."""
-        if nodes is self._nodes:
+    def _see(self, match: PrefixMatch) -> None:
+        """Have the bits of each node in the masks of a match; its `nodes` change only as a whole."""
+        if match.nodes is self._nodes:
             return
-        self._nodes = nodes
-        bits = {node: bit for bit, node in enumerate(nodes)}
+        self._nodes = match.nodes
+        masks = iter(match.masks_of([known.node for group in self._groups for known in group.members]))
         for group in self._groups:
-            group.masks = [1 << bits[known.node] if known.node in bits else 0 for known in group.members]
+            group.masks = [next(masks) for _ in group.members]
             group.mask = 0
             for mask in group.masks:
                 group.mask |= mask
@@ -165,10 +162,10 @@ def _groups(rows: list[int], prefillers: list[Instance]) -> list[Group]:
 
 
 def _prefixes(view: FewView, match: PrefixMatch) -> list[Prefix]:
-    """The longest first; the last is none, which everybody has."""
+    """The longest first; the last is none."""
     prefixes: list[Prefix] = []
     fetched_s = math.inf
-    for mask, blocks in ((EVERYBODY, 0), *match.runs):
+    for mask, blocks in ((0, 0), *match.runs):
         tokens = blocks * view.block_tokens
         if view.fetches(tokens):
             transfer_s = view.transfer_s(view.best_tokens - tokens)
@@ -180,7 +177,7 @@ def _prefixes(view: FewView, match: PrefixMatch) -> list[Prefix]:
 
 
 def _longest(prefixes: list[Prefix], mask: int) -> Prefix:
-    """Of those that one of these nodes has."""
+    """Of those that one of these nodes has; everybody has none."""
     for prefix in prefixes:
         if prefix.mask & mask:
             return prefix
@@ -194,25 +191,13 @@ def _can_be_better(group: Group, best: list[Prefiller]) -> bool:
     return group.bound_s < last.ttft_s + ROUNDING_S
 
 
-def _look_into(group: Group, best: list[Prefiller], view: FewView, prefixes: list[Prefix]) -> None:
-    for place, row in enumerate(group.rows):
-        _add(best, view.look_at(row, _longest(prefixes, group.masks[place]).blocks))
-
-
-def _add(best: list[Prefiller], known: Prefiller) -> None:
-    """Keep the first NUM_RECORDED, in order; of equals the first row goes first."""
-    if len(best) == NUM_RECORDED:
-        last = best[-1]
-        if known.ttft_s > last.ttft_s or (known.ttft_s == last.ttft_s and known.row > last.row):
-            return
-        best.pop()
-    place = len(best)
-    while place:
-        before = best[place - 1]
-        if before.ttft_s < known.ttft_s or (before.ttft_s == known.ttft_s and before.row < known.row):
-            break
-        place -= 1
-    best.insert(place, known)
+def _look_into(group: Group, best: list[Prefiller], view: FewView, prefixes: list[Prefix]) -> list[Prefiller]:
+    """The best of these and of the group."""
+    masks = group.masks
+    looked = [view.look_at(row, _longest(prefixes, masks[place]).blocks) for place, row in enumerate(group.rows)]
+    looked += best
+    looked.sort(key=_row)
+    return [looked[place] for place in least_of_few([known.ttft_s for known in looked])]
 
 
 def _row(known: Prefiller) -> int:

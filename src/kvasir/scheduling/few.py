@@ -14,7 +14,7 @@ from kvasir.core.commands import Candidate
 from kvasir.costs.quick import QuickCosts
 from kvasir.pool.match import PrefixMatch
 from kvasir.scheduling.decode_choice import FULL, DecodeChoice, DecodeRule, least_expected_tbt, least_tbt, stay
-from kvasir.scheduling.fleet import Fleet
+from kvasir.scheduling.fleet import Fleet, shares_in
 from kvasir.scheduling.instance import Instance
 from kvasir.scheduling.policies.interface import PlacementOfFew
 from kvasir.scheduling.view import staged
@@ -293,9 +293,7 @@ def _now(fleet: Fleet, known: Instance) -> Expected:
 
 def expected_batch(fleet: Fleet, known: Instance, in_s: float) -> Expected:
     """As DecodeColumns.expected has it."""
-    stays_s = fleet.stays_s(known)
-    stayed = max(0.0, 1.0 - in_s / stays_s)
-    came = min(1.0, stays_s / in_s) if in_s > 0.0 else 1.0
+    stayed, came = shares_in(in_s, fleet.stays_s(known))
     taken = known.taken
     reserved = fleet.reserved_kv_tokens(known)
     return Expected(

@@ -158,9 +158,7 @@ class Fleet:
 
         As DecodeColumns.expected has it for an answer that has an instance to itself: nowhere does it leave sooner.
         """
-        stays_s = self.answer_tokens * self._long_run_s(0, 0, 0.0)
-        stayed = max(0.0, 1.0 - in_s / stays_s)
-        came = min(1.0, stays_s / in_s) if in_s > 0.0 else 1.0
+        stayed, came = shares_in(in_s, self.answer_tokens * self._long_run_s(0, 0, 0.0))
         return self._fresh_tables().decodes.mixed(stayed, came)
 
     def free_kv_tokens(self, instance: Instance) -> int:
@@ -175,8 +173,7 @@ class Fleet:
         """For each of `prefillers`, the length of its node's run in blocks."""
         if match.nodes is not self._masks_nodes:
             self._masks_nodes = match.nodes
-            bits = {node: bit for bit, node in enumerate(match.nodes)}
-            self._masks = [1 << bits[i.info.node] if i.info.node in bits else 0 for i in self._prefillers]
+            self._masks = match.masks_of([known.node for known in self._prefillers])
         blocks = [0] * len(self._masks)
         for nodes, count in match.runs:
             for row, mask in enumerate(self._masks):
@@ -415,6 +412,11 @@ class Fleet:
     def _decode_share(self, stays_s: float) -> float:
         """Of the time between arrival and end, what an answer takes."""
         return 1.0 / (1.0 + self.ttft_s / stays_s)
+
+
+def shares_in(in_s: float, stays_s: float) -> tuple[float, float]:
+    """Who is there in so many seconds, of those that decode now and of those in prefill: see DecodeColumns.expected."""
+    return max(0.0, 1.0 - in_s / stays_s), min(1.0, stays_s / in_s) if in_s > 0.0 else 1.0
 
 
 def _without(ids: tuple[str, ...], avoid: frozenset[str]) -> Ints | None:
