@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +16,19 @@ import msgspec
 import pytest
 import zmq
 
+from kvasir.cluster.bringer import Disk
 from kvasir.cluster.disk import start_disk
 from kvasir.cluster.lifeline import Lifeline, remove_runtime_directory, start_process
-from kvasir.cluster.messages import BlocksChanged, HelloPool, OrderDone, PeerPool, PoolReport, Shutdown
+from kvasir.cluster.messages import BlocksChanged, HelloPool, OrderDone, PeerPool, PoolReport, PrefixPlan, Shutdown
 from kvasir.cluster.pool_client import Pool, connect_pool, local_pool, open_pool
-from kvasir.cluster.pool_host import HUB, HUB_EPOCH, PoolHost
+from kvasir.cluster.pool_host import HUB, HUB_EPOCH, MESSENGER, MESSENGER_EPOCH, PoolHost
 from kvasir.cluster.pool_messages import FromPool, PoolCall, PoolReply, Resync, ToPool
 from kvasir.cluster.pool_process import BAD_SETUP_EXIT, PoolBody, PoolConfig
 from kvasir.cluster.wire import ZmqListener, ipc_address, make_runtime_directory
 from kvasir.cluster.wire_memory import MemoryChannel, MemoryListener
 from kvasir.core.errors import DeadlineExceeded, PoolError, StaleEpoch, UnknownLease
-from kvasir.core.pool_events import KeyedSlot, OwnerJoined, OwnerLost, PoolStats, PutStart, ReleaseLease
+from kvasir.core.keys import BlockKey
+from kvasir.core.pool_events import KeyedSlot, OwnerJoined, OwnerLost, PoolStats, PutStart, ReleaseLease, SsdBlock, SsdFound
 from kvasir.pool.node import PoolNode
 from kvasir.store.arena import create_arena
 from kvasir.store.messenger import PeerArena
@@ -63,11 +65,12 @@ async def host() -> AsyncIterator[PoolHost]:
 class BodyInMemory:
     """A running PoolBody whose peers are in this process."""
 
-    def __init__(self, host: PoolHost, *, hub_limit: int = 64):
+    def __init__(self, host: PoolHost, *, hub_limit: int = 64, disk: Disk | None = None):
         self.host = host
         self.instances: MemoryListener[PoolCall, PoolReply] = MemoryListener(CALLS)
         self.hub: MemoryListener[FromPool, ToPool] = MemoryListener(FROM_POOL, high_water_mark=hub_limit)
-        self.body = PoolBody(host, "n0", instances=self.instances, hub=MemoryChannel(self.hub, "pool@n0", TO_POOL))
+        hub: MemoryChannel[ToPool, FromPool] = MemoryChannel(self.hub, "pool@n0", TO_POOL)
+        self.body = PoolBody(host, "n0", instances=self.instances, hub=hub, disk=disk)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["BodyInMemory"]:
@@ -265,6 +268,36 @@ async def test_at_an_orderly_end_what_is_not_on_the_ssd_yet_is_written_first(tmp
         hub.send("pool@n0", Shutdown())
         await running
         assert host.node.stats().ssd_published == num_blocks
+    arena.close()
+
+
+async def test_a_lease_that_was_given_up_while_its_blocks_were_brought_is_not_left_open() -> None:
+    class SlowDisk:
+        def __init__(self) -> None:
+            self.is_reading, self.may_end = asyncio.Event(), asyncio.Event()
+
+        async def read(self, blocks: Sequence[tuple[int, BlockKey, int]]) -> tuple[int, ...]:
+            self.is_reading.set()
+            await self.may_end.wait()
+            return ()
+
+    disk, arena = SlowDisk(), create_arena(NUM_SLOTS, slot_bytes=100)
+    host = PoolHost("n0", PoolNode(NUM_SLOTS, ssd_slots=8), arena, asyncio.get_running_loop().time)
+    host.handle(SsdFound(MESSENGER, MESSENGER_EPOCH, (SsdBlock(A, 0, 0),)))
+    async with BodyInMemory(host, disk=disk).running() as running, connect_pool(running.channel("p"), "p", 1) as p:
+        await p.join()
+        asked = asyncio.create_task(p.bring("r", [A], PrefixPlan(1, (), within_s=5.0)))
+        await asyncio.wait_for(disk.is_reading.wait(), 5.0)
+        asked.cancel()
+        await p.lease("other", [])  # the pool has heard of it
+        disk.may_end.set()
+        await eventually(lambda: host.node.stats().published == 1 and host.node.stats().leases == 1)
+        p.release("other")
+        await eventually(lambda: host.node.stats().leases == 0)
+        assert await p.lease("r", [A]) == (0,), "and the name is free again"
+        p.release("r")
+        await eventually(lambda: host.node.stats().leases == 0)
+    host.node.check()
     arena.close()
 
 

@@ -147,6 +147,7 @@ class PoolBody:
         self._num_layers = num_layers
         self._open_channel = open_channel
         self._num_bringing = 0
+        self._given_up: dict[tuple[str, str], bool] = {}  # by instance and lease that is being brought
         self._flush_due = False
         self._log = structlog.get_logger().bind(part="pool", node=node)
         self.broken_invariants = 0
@@ -179,21 +180,31 @@ class PoolBody:
             if event.owner != peer:
                 self._log.warning("spoke in another's name, ignored", peer=peer, owner=event.owner)
             elif isinstance(event, BringBlocks | ReceiveLease):
+                self._given_up[peer, event.lease] = False
                 self._tasks.create_task(self._bring(peer, call.id, event))
             else:
                 if isinstance(event, ReleaseLease):
                     self._bringer.let_go(peer, event.lease)
+                    if (peer, event.lease) in self._given_up:
+                        self._given_up[peer, event.lease] = True
                 elif isinstance(event, OwnerJoined):
                     self._bringer.let_go(peer)
                 self._reply(peer, call.id, event, self._host.ask(event))
 
     async def _bring(self, peer: str, call_id: int | None, event: BringBlocks | ReceiveLease) -> None:
-        """In a task of its own. With too many of them under way, what is there must do."""
+        """In a task of its own. With too many of them under way, what is there must do.
+
+        A lease that was released before it was open is released now: nobody would do it later.
+        """
         self._num_bringing += 1
         try:
             answer = await self._brought(event)
         finally:
             self._num_bringing -= 1
+            is_given_up = self._given_up.pop((peer, event.lease), False)
+        if is_given_up:
+            self._bringer.let_go(peer, event.lease)
+            answer = self._host.ask(ReleaseLease(event.owner, event.epoch, event.lease))
         self._reply(peer, call_id, event, answer)
 
     async def _brought(self, event: BodyEvent) -> OwnerAnswer | None:
