@@ -18,6 +18,7 @@ from kvasir.core.request import Sampling
 from kvasir.engine.interface import Engine, ModelSpec, SampledToken, SequenceSlice, Slots
 from kvasir.engine.random_model import make_checkpoint
 from kvasir.engine.torch.config import quiet_transformers
+from kvasir.engine.torch.first_calls import make_first_calls
 from kvasir.engine.torch.kernels import Ops, TorchOps, load_ops
 
 GREEDY = Sampling(temperature=0.0)
@@ -121,6 +122,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
 @pytest.fixture(scope="session")
 def reference() -> Callable[[Path], Callable[[Sequence[int]], torch.Tensor]]:
     """Of a checkpoint: transformers' own float32 logits [tokens, vocab] of a token list, in one piece, eager attention."""
+    make_first_calls()
     loaded: dict[Path, Any] = {}
 
     def load(path: Path) -> Callable[[Sequence[int]], torch.Tensor]:

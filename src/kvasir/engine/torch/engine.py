@@ -20,6 +20,7 @@ from kvasir.core.errors import ModelError
 from kvasir.engine.interface import ModelSpec, SampledToken, SequenceSlice, Slots, StepResult
 from kvasir.engine.torch.config import DTYPES, check_rope, load_config, quiet_transformers
 from kvasir.engine.torch.device_kv import DeviceKv
+from kvasir.engine.torch.first_calls import make_first_calls
 from kvasir.engine.torch.hf import HfModel
 from kvasir.engine.torch.kernels import BatchLayout, KvLayout, Ops, load_ops
 from kvasir.engine.torch.kv import KvAccess, in_place_kv
@@ -135,6 +136,7 @@ class TorchEngine:
 
     def _load(self, on_progress: Progress | None) -> Model:
         with quiet_transformers(), torch.inference_mode():
+            make_first_calls()
             config = load_config(self.spec)
             check_rope(config, self.spec.max_model_len)
             kind = LeanModel if is_lean(self.spec, config) else HfModel
