@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from random import Random
 from typing import Any, TypeVar
 
@@ -22,6 +23,8 @@ from kvasir.scheduling.strategy import strategy
 
 T = TypeVar("T")
 START_S = 90.0
+ROUNDING = 1e-4
+"""Between float32 logprobs of different implementations."""
 
 
 class RealCluster:
@@ -93,19 +96,40 @@ def real_cluster(config: ServeConfig) -> Iterator[RealCluster]:
         found.stop()
 
 
+@dataclass
+class Said:
+    """Greedy tokens and the logprob of each."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+def expect_same(said: Said, expected: Said, about: str = "") -> None:
+    """The same tokens, and logprobs that differ by no more than rounding.
+
+    A wrong position of KV among some hundred often changes no token, because the likeliest is far ahead of the others.
+    """
+    assert said.tokens == expected.tokens, about
+    worst = max(abs(a - b) for a, b in zip(said.logprobs, expected.logprobs, strict=True))
+    assert worst < ROUNDING, f"{about}: same tokens, but a logprob differs by {worst:g}"
+
+
 def greedy(request_id: str, prompt: list[int], max_tokens: int) -> Submission:
-    return Submission(request_id, prompt, max_tokens, Sampling(temperature=0.0), ignore_eos=True)
+    return Submission(request_id, prompt, max_tokens, Sampling(temperature=0.0, logprobs=1), ignore_eos=True)
 
 
-async def answer(hub: Hub, asked: Submission, on_token: Callable[[int], None] = lambda count: None) -> tuple[list[int], int]:
-    """All tokens, and how many of the prompt's came from cache."""
-    tokens: list[int] = []
+async def answer(hub: Hub, asked: Submission, on_token: Callable[[int], None] = lambda count: None) -> tuple[Said, int]:
+    """What was said, and how many of the prompt's tokens came from cache."""
+    said = Said([], [])
     cached = 0
     async for output in hub.submit(asked):
-        tokens += [token.token for token in output.tokens]
+        for token in output.tokens:
+            assert token.logprob is not None, "it was asked for"
+            said.tokens.append(token.token)
+            said.logprobs.append(token.logprob)
         cached = cached if output.cached_tokens is None else output.cached_tokens
-        on_token(len(tokens))
-    return tokens, cached
+        on_token(len(said.tokens))
+    return said, cached
 
 
 async def idle(hub: Hub) -> None:

@@ -1,4 +1,7 @@
-"""Greedy tokens of a real cluster equal those of plain `transformers` in float32, token for token, on every path."""
+"""Greedy tokens of a real cluster equal those of plain `transformers` in float32, token for token, on every path.
+
+So do their logprobs up to rounding, which see a wrong position of KV where no token does.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from kvasir.cluster.config import ServeConfig
 from kvasir.engine.random_model import make_checkpoint
-from tests.e2e.real import RealCluster, answer, greedy, idle, real_cluster
+from kvasir.engine.torch.first_calls import make_first_calls
+from tests.e2e.real import RealCluster, Said, answer, expect_same, greedy, idle, real_cluster
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -58,19 +62,27 @@ def cluster(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[RealCl
 
 @pytest.fixture(scope="module")
 def reference(checkpoint: Path) -> Any:
+    make_first_calls()
     torch.set_num_threads(1)  # the model is tiny; threads would only wait for each other
     return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def plain(reference: Any, prompt: list[int], count: int = OUTPUT) -> list[int]:
+def plain(reference: Any, prompt: list[int], count: int = OUTPUT) -> Said:
     """Greedy decoding by transformers, nothing else."""
     with torch.no_grad():
         ids = torch.tensor([prompt])
         out = reference.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=None
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+            output_logits=True,
         )
-    tokens: list[int] = out[0, len(prompt) :].tolist()
-    return tokens
+    tokens = out.sequences[0, len(prompt) :]
+    logprobs = torch.cat(out.logits).log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+    return Said(tokens.tolist(), logprobs.tolist())
 
 
 def prompt_of(seed: int, length: int) -> list[int]:
@@ -81,8 +93,8 @@ def prompt_of(seed: int, length: int) -> list[int]:
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 150])
 def test_cold(cluster: RealCluster, reference: Any, length: int) -> None:
     prompt = prompt_of(length, length)
-    tokens, cached = cluster.run(answer(cluster.hub, greedy(f"cold-{length}", prompt, OUTPUT)))
-    assert tokens == plain(reference, prompt)
+    said, cached = cluster.run(answer(cluster.hub, greedy(f"cold-{length}", prompt, OUTPUT)))
+    expect_same(said, plain(reference, prompt))
     assert cached == 0
 
 
@@ -90,38 +102,38 @@ def test_cached_prefix(cluster: RealCluster, reference: Any) -> None:
     shared = prompt_of(50, 100)
     for number in range(3):
         prompt = shared + prompt_of(60 + number, 30)
-        tokens, cached = cluster.run(answer(cluster.hub, greedy(f"prefix-{number}", prompt, OUTPUT)))
-        assert tokens == plain(reference, prompt)
+        said, cached = cluster.run(answer(cluster.hub, greedy(f"prefix-{number}", prompt, OUTPUT)))
+        expect_same(said, plain(reference, prompt))
         assert cached == (0 if number == 0 else 100 // BLOCK * BLOCK)
 
 
 def test_a_prompt_that_is_cached_to_its_last_block(cluster: RealCluster, reference: Any) -> None:
     prompt = prompt_of(70, 8 * BLOCK)
     for number in range(2):
-        tokens, cached = cluster.run(answer(cluster.hub, greedy(f"whole-{number}", prompt, OUTPUT)))
-        assert tokens == plain(reference, prompt)
+        said, cached = cluster.run(answer(cluster.hub, greedy(f"whole-{number}", prompt, OUTPUT)))
+        expect_same(said, plain(reference, prompt))
         assert cached == (0 if number == 0 else 7 * BLOCK)
 
 
 def test_many_turns_over_blocks_that_decode_wrote(cluster: RealCluster, reference: Any) -> None:
     history = prompt_of(80, 40)
     for turn in range(4):
-        tokens, cached = cluster.run(answer(cluster.hub, greedy(f"turn-{turn}", history, OUTPUT)))
-        assert tokens == plain(reference, history)
+        said, cached = cluster.run(answer(cluster.hub, greedy(f"turn-{turn}", history, OUTPUT)))
+        expect_same(said, plain(reference, history))
         assert cached == (0 if turn == 0 else (len(history) - 10 - 1) // BLOCK * BLOCK)
-        history = history + tokens + prompt_of(90 + turn, 10)
+        history = history + said.tokens + prompt_of(90 + turn, 10)
 
 
 def test_concurrent_requests_of_all_lengths(cluster: RealCluster, reference: Any) -> None:
     shared = prompt_of(100, 64)
     prompts = [(shared if number % 2 else []) + prompt_of(110 + number, 1 + 13 * number) for number in range(16)]
 
-    async def all_at_once() -> list[tuple[list[int], int]]:
+    async def all_at_once() -> list[tuple[Said, int]]:
         asked = [greedy(f"many-{number}", prompt, OUTPUT) for number, prompt in enumerate(prompts)]
         return await asyncio.gather(*(answer(cluster.hub, one) for one in asked))
 
-    for prompt, (tokens, _) in zip(prompts, cluster.run(all_at_once()), strict=True):
-        assert tokens == plain(reference, prompt)
+    for prompt, (said, _) in zip(prompts, cluster.run(all_at_once()), strict=True):
+        expect_same(said, plain(reference, prompt))
 
 
 def test_clients_that_go_away_free_their_blocks(cluster: RealCluster) -> None:
@@ -150,7 +162,7 @@ def test_an_instance_that_is_killed_in_mid_stream_costs_no_token(cluster: RealCl
         if count == 5:
             os.kill(cluster.cluster.processes[victim], signal.SIGKILL)
 
-    async def one() -> tuple[list[int], int]:
+    async def one() -> tuple[Said, int]:
         return await answer(cluster.hub, greedy("survivor", prompt, 100), kill)
 
-    assert cluster.run(one())[0] == plain(reference, prompt, 100)
+    expect_same(cluster.run(one())[0], plain(reference, prompt, 100))

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from kvasir.cluster.config import ServeConfig
-from tests.e2e.real import RealCluster, answer, greedy, idle, real_cluster
+from tests.e2e.real import RealCluster, Said, answer, expect_same, greedy, idle, real_cluster
 from tests.e2e.test_parity import BLOCK, OUTPUT, checkpoint, plain, prompt_of, reference
 
 __all__ = ["checkpoint", "reference"]
@@ -99,13 +99,13 @@ def address(head: RealCluster) -> str:
 def ask_all(head: RealCluster, reference: Any, name: str, prompts: list[list[int]], after: Any = None) -> None:
     """All at once, each answer right; `after(count)` hears of each token of the first."""
 
-    async def all_at_once() -> list[tuple[list[int], int]]:
+    async def all_at_once() -> list[tuple[Said, int]]:
         asked = [greedy(f"{name}-{number}", prompt, OUTPUT) for number, prompt in enumerate(prompts)]
         calls = [answer(head.hub, one, *([after] if after is not None and not n else [])) for n, one in enumerate(asked)]
         return await asyncio.gather(*calls)
 
-    for prompt, (tokens, _) in zip(prompts, head.run(all_at_once(), 120.0), strict=True):
-        assert tokens == plain(reference, prompt)
+    for prompt, (said, _) in zip(prompts, head.run(all_at_once(), 120.0), strict=True):
+        expect_same(said, plain(reference, prompt))
 
 
 def traffic(seed: int, count: int) -> list[list[int]]:
