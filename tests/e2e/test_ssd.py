@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,6 +106,42 @@ def test_blocks_that_rot_on_the_disk_are_dropped_counted_and_computed_again(
         assert sum(cached) < 6 * (LENGTH // BLOCK * BLOCK)
         settle(found)
         assert stats(found).failed_loads > 0
+
+
+def test_processes_that_stand_still_at_any_moment_cost_no_token(checkpoint: Path, reference: Any, tmp_path: Path) -> None:
+    """Reads come late and race with computing; blocks are evicted while they are written."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with cluster(checkpoint, disk) as found:
+        for seed in range(8):
+            ask(found, reference, f"cold-{seed}", 700 + seed)
+        rng = Random(7)
+        with stopping_and_going_on(list(found.cluster.processes.values()), Random(8)):
+            cached = [ask(found, reference, f"stopped-{number}", 700 + rng.randrange(8)) for number in range(20)]
+        assert sum(cached) > 0
+        settle(found)
+        assert stats(found).loaded > 0
+
+
+@contextmanager
+def stopping_and_going_on(processes: list[int], rng: Random) -> Iterator[None]:
+    """Meanwhile one process after another stands still for up to a third of a second, longer than a block may take to come."""
+    is_over = threading.Event()
+
+    def disturb() -> None:
+        while not is_over.wait(rng.random() * 0.02):
+            process = rng.choice(processes)
+            os.kill(process, signal.SIGSTOP)
+            is_over.wait(rng.random() * rng.choice([0.002, 0.02, 0.3]))
+            os.kill(process, signal.SIGCONT)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def rot(disk: Path) -> None:
