@@ -8,7 +8,7 @@ from kvasir.core.commands import Candidate
 from kvasir.core.events import InstanceInfo
 from kvasir.core.request import Role
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
-from kvasir.costs.quick import quick
+from kvasir.costs.quick import QuickCosts, quick
 from kvasir.pool.directory import BlockDirectory
 from kvasir.scheduling import many
 from kvasir.scheduling.decode_choice import DecodeChoice, least_expected_tbt
@@ -19,11 +19,14 @@ from kvasir.scheduling.many import least_expected_tbt_of_many
 from kvasir.scheduling.view import ClusterView
 
 COSTS = quick(FittedCost(PrefillFit(0.0, 1e-3, 0, 0), DecodeFit(0.010, 1e-3, 1e-6), 0.0, 1e6))
+FLAT = quick(FittedCost(PrefillFit(0.0, 1e-3, 0, 0), DecodeFit(0.010, 0.0, 0.0), 0.0, 1e6))
+"""All steps take equally long: of equals the first is chosen."""
+
 STAYS_S = 10.0
 
 
-def random_fleet(rng: Random, most: int = 4) -> Fleet:
-    fleet = Fleet(COSTS, rng.choice((None, 0.06)))
+def random_fleet(rng: Random, most: int = 4, costs: QuickCosts = COSTS) -> Fleet:
+    fleet = Fleet(costs, rng.choice((None, 0.06)))
     fleet.answer_tokens = 400.0
     fleet.join(InstanceInfo("a", Role.PREFILL, "na", 1, 10_000, 8))
     for number in range(rng.randint(1, most)):
@@ -54,7 +57,7 @@ def by_numbers(fleet: Fleet, prefill: Candidate) -> DecodeChoice:
     return least_expected_tbt_of_few(view, prefill, 1100)
 
 
-def columns_of(fleet: Fleet) -> ClusterView:
+def columns_of(fleet: Fleet, costs: QuickCosts = COSTS) -> ClusterView:
     match = BlockDirectory().match(())
     return ClusterView(
         prefills=fleet.prefill_columns(match, block_tokens=64, now=0.0, rank=0.0, avoid=frozenset()),
@@ -62,7 +65,7 @@ def columns_of(fleet: Fleet) -> ClusterView:
         num_prompt_tokens=1000,
         best_tokens=0,
         source=None,
-        costs=COSTS,
+        costs=costs,
         kv_bytes_per_token=100,
         tbt_s=0.1,
     )
@@ -86,15 +89,16 @@ def test_a_few_choose_as_columns_do(seed: int) -> None:
 
 
 @pytest.mark.parametrize("most_asked", [3, 100])
+@pytest.mark.parametrize("costs", [COSTS, FLAT])
 @pytest.mark.parametrize("seed", range(100))
 def test_many_choose_as_columns_do_whether_or_not_they_give_up(
-    seed: int, most_asked: int, monkeypatch: pytest.MonkeyPatch
+    seed: int, costs: QuickCosts, most_asked: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(many, "MOST_ASKED", most_asked)
     rng = Random(seed)
-    fleet = random_fleet(rng, most=50)
+    fleet = random_fleet(rng, 50, costs)
     fleet.ttft_s = rng.choice((0.0, 2.0))
-    view = columns_of(fleet)
+    view = columns_of(fleet, costs)
     for prefill in [random_prefill(fleet, rng) for _ in range(5)]:
         of_many = least_expected_tbt_of_many(fleet, view, prefill, 1100)
         assert said(of_many) == said(least_expected_tbt(view, prefill, 1100))

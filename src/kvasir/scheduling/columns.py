@@ -21,8 +21,46 @@ FEW_NODES: Final = 16
 """Up to so many nodes of a run are looked up one by one; a mask of a thousand becomes an array in the time of twenty."""
 
 
-class PrefillTable:
-    """The instances that can prefill, one row each. `_last_rank`: of the prefill that goes last, -inf where there is none.
+class Table:
+    """Some instances, one row each, and whose rows are out of date. `reserved`, by node: KV tokens that are spoken for."""
+
+    __slots__ = ("_ids", "_reserved", "_rows", "_stale_books", "_stale_seats")
+
+    def __init__(self, instances: list[Instance], reserved: Mapping[str, int]) -> None:
+        self._ids = tuple([known.id for known in instances])
+        self._rows = {name: row for row, name in enumerate(self._ids)}
+        self._reserved = reserved
+        self._stale_books = {known.id: known for known in instances}
+        self._stale_seats = dict(self._stale_books)
+
+    def booked(self, known: Instance) -> None:
+        """Its queue or its pace has changed."""
+        if known.id in self._rows:
+            self._stale_books[known.id] = known
+
+    def seated(self, on_node: list[Instance]) -> None:
+        """Of one of these instances, which share KV memory, the seats have changed."""
+        for known in on_node:
+            if known.id in self._rows:
+                self._stale_seats[known.id] = known
+
+    def refresh(self) -> None:
+        for name, known in self._stale_books.items():
+            self._write_book(self._rows[name], known)
+        self._stale_books.clear()
+        for name, known in self._stale_seats.items():
+            self._write_seats(self._rows[name], known, known.max_kv_tokens - self._reserved.get(known.info.node, 0))
+        self._stale_seats.clear()
+
+    def _write_book(self, row: int, known: Instance) -> None:
+        raise NotImplementedError
+
+    def _write_seats(self, row: int, known: Instance, free_kv_tokens: int) -> None:
+        raise NotImplementedError
+
+
+class PrefillTable(Table):
+    """The instances that can prefill. `_last_rank`: of the prefill that goes last, -inf where there is none.
 
     Of each node, by the bit that it has in a match's masks, `_rows_of` are its rows; `_bits` has the bit of each row's node, or
     one more than there are for those that are `_unheard` of.
@@ -35,7 +73,6 @@ class PrefillTable:
         "_books",
         "_can_decode",
         "_done_s",
-        "_ids",
         "_instances",
         "_kv_used",
         "_last_rank",
@@ -46,17 +83,15 @@ class PrefillTable:
         "_pending_s",
         "_queued",
         "_queued_tokens",
-        "_rows",
         "_rows_of",
         "_seats",
         "_unheard",
     )
 
-    def __init__(self, instances: list[Instance]) -> None:
+    def __init__(self, instances: list[Instance], reserved: Mapping[str, int]) -> None:
+        super().__init__(instances, reserved)
         count = len(instances)
         self._instances = instances
-        self._ids = tuple([known.id for known in instances])
-        self._rows = {name: row for row, name in enumerate(self._ids)}
         self._nodes: tuple[str | None, ...] | None = None
         self._bits: Ints = np.zeros(0, dtype=np.int64)
         self._unheard: Ints = np.zeros(0, dtype=np.int64)
@@ -77,23 +112,19 @@ class PrefillTable:
         self._books = _writers([*book, self._last_rank, self._queued, self._queued_tokens])
         self._seats = _writers([self._batch, self._kv_used])
 
-    def booked(self, known: Instance) -> None:
-        row = self._rows.get(known.id)
-        if row is None:
-            return
+    def _write_book(self, row: int, known: Instance) -> None:
         book = known.book
         pending_s, done_s, as_of_s, most_s, pace = book.columns
         last_rank = book.last_rank
         self._latest_rank = max(self._latest_rank, last_rank)
         _put_row(self._books, row, (pending_s, done_s, as_of_s, most_s, pace, last_rank, len(book), book.tokens))
 
-    def seated(self, known: Instance, free_kv_tokens: int) -> None:
-        row = self._rows.get(known.id)
-        if row is not None:
-            _put_row(self._seats, row, (len(known.seats), 1.0 - free_kv_tokens / max(1, known.max_kv_tokens)))
+    def _write_seats(self, row: int, known: Instance, free_kv_tokens: int) -> None:
+        _put_row(self._seats, row, (len(known.seats), 1.0 - free_kv_tokens / max(1, known.max_kv_tokens)))
 
     def columns(self, match: PrefixMatch, block_tokens: int, now: float, rank: float) -> PrefillColumns:
         """For a prompt with this match, that would queue at `rank`."""
+        self.refresh()
         prefix = deep = self._lengths(match, match.runs, block_tokens)
         if match.runs_any != match.runs:
             deep = self._lengths(match, match.runs_any, block_tokens)
@@ -112,6 +143,8 @@ class PrefillTable:
 
     def check_as(self, other: PrefillTable) -> None:
         """Raises InvariantError unless `other`, which was just made, says the same."""
+        self.refresh()
+        other.refresh()
         _check_same("waits", [self._pending_s, self._done_s, self._as_of_s], [other._pending_s, other._done_s, other._as_of_s])
         _check_same("paces", [self._most_s, self._pace], [other._most_s, other._pace])
         _check_same("ranks", [self._last_rank], [other._last_rank])
@@ -178,21 +211,19 @@ class PrefillTable:
         self._unheard = np.flatnonzero(self._bits == len(nodes))
 
 
-class DecodeTable:
-    """The instances that can decode, one row each."""
+class DecodeTable(Table):
+    """The instances that can decode."""
 
     __slots__ = (
         "_batch",
         "_can_prefill",
         "_context_tokens",
         "_free_kv_tokens",
-        "_ids",
         "_kv_tokens",
         "_max_batch",
         "_mixed",
         "_parts",
         "_queued",
-        "_rows",
         "_seats",
         "_shares",
         "_taken_batch",
@@ -200,10 +231,9 @@ class DecodeTable:
         "_taken_kv",
     )
 
-    def __init__(self, instances: list[Instance]) -> None:
+    def __init__(self, instances: list[Instance], reserved: Mapping[str, int]) -> None:
+        super().__init__(instances, reserved)
         count = len(instances)
-        self._ids = tuple([known.id for known in instances])
-        self._rows = {name: row for row, name in enumerate(self._ids)}
         self._queued: Ints = np.zeros(count, dtype=np.int64)
         self._batch: Ints = np.zeros(count, dtype=np.int64)
         self._context_tokens: Ints = np.zeros(count, dtype=np.int64)
@@ -211,9 +241,9 @@ class DecodeTable:
         self._taken_batch: Ints = np.zeros(count, dtype=np.int64)
         self._taken_context: Ints = np.zeros(count, dtype=np.int64)
         self._taken_kv: Ints = np.zeros(count, dtype=np.int64)
-        self._parts: Floats = np.zeros((2, 2 * count))  # those who decode, those who come: batches, then context tokens
+        self._parts: Floats = np.zeros((2, count))  # context tokens of those who decode, and of those who come
         self._shares: Floats = np.zeros((2, 1))
-        self._mixed: Floats = np.zeros((2, 2 * count))
+        self._mixed: Floats = np.zeros((2, count))
         self._kv_tokens: Ints = np.array([known.max_kv_tokens for known in instances], dtype=np.int64)
         self._max_batch: Ints = np.array([known.max_batch for known in instances], dtype=np.int64)
         self._can_prefill: Bools = np.array([known.can_prefill for known in instances], dtype=np.bool_)
@@ -225,24 +255,18 @@ class DecodeTable:
             self._taken_context,
             self._taken_kv,
         ]
-        parts = [part[start : start + count] for part in self._parts for start in (0, count)]
-        self._seats = _writers([*seats, *parts])
+        self._seats = _writers([*seats, *self._parts])
 
-    def booked(self, known: Instance) -> None:
-        row = self._rows.get(known.id)
-        if row is not None:
-            self._queued[row] = len(known.book)
+    def _write_book(self, row: int, known: Instance) -> None:
+        self._queued[row] = len(known.book)
 
-    def seated(self, known: Instance, free_kv_tokens: int) -> None:
-        row = self._rows.get(known.id)
-        if row is None:
-            return
+    def _write_seats(self, row: int, known: Instance, free_kv_tokens: int) -> None:
         taken, batch, context_tokens = known.taken, len(known.seats), known.context_tokens
         counts = (batch, context_tokens, free_kv_tokens, taken.batch, taken.context_tokens, taken.kv_tokens)
-        coming = (batch - taken.batch, context_tokens - taken.context_tokens)
-        _put_row(self._seats, row, (*counts, taken.batch, taken.context_tokens, *coming))
+        _put_row(self._seats, row, (*counts, taken.context_tokens, context_tokens - taken.context_tokens))
 
     def columns(self, stays: Stays) -> DecodeColumns:
+        self.refresh()
         return DecodeColumns(
             ids=self._ids,
             batch=self._batch,
@@ -258,21 +282,26 @@ class DecodeTable:
             stays=stays,
         )
 
-    def mixed(self, stayed: float, came: float) -> tuple[Floats, Floats]:
-        """By row, batch and context tokens of so much of those who decode now and so much of those who are in prefill.
+    def context_tokens_of(self, stayed: float, came: float) -> Floats:
+        """By row, the context tokens of so much of those who decode now and so much of those who are in prefill.
 
         Whole numbers, but floats: no operation has to convert them.
         """
-        count = len(self._ids)
+        self.refresh()
         self._shares[0], self._shares[1] = stayed, came
         mixed = np.multiply(self._parts, self._shares, out=self._mixed)
         total: Floats = mixed[0]
         total += mixed[1]
-        np.floor(total, out=total)
-        return total[:count], total[count:]
+        return np.floor(total, out=total)
+
+    @property
+    def can_prefill(self) -> Bools:
+        return self._can_prefill
 
     def check_as(self, other: DecodeTable) -> None:
         """Raises InvariantError unless `other`, which was just made, says the same."""
+        self.refresh()
+        other.refresh()
         _check_same("batches", [self._batch, self._context_tokens], [other._batch, other._context_tokens])
         _check_same("free KV", [self._free_kv_tokens, self._queued], [other._free_kv_tokens, other._queued])
         _check_same(
@@ -281,46 +310,6 @@ class DecodeTable:
             [other._taken_batch, other._taken_context, other._taken_kv],
         )
         _check_same("those who decode and those who come", [self._parts], [other._parts])
-
-
-class Tables:
-    """Both tables, and which rows are out of date. `reserved`: KV tokens by node that are spoken for, its owner's."""
-
-    __slots__ = ("_reserved", "_stale_books", "_stale_seats", "decodes", "prefills")
-
-    def __init__(
-        self, instances: list[Instance], prefillers: list[Instance], decoders: list[Instance], reserved: Mapping[str, int]
-    ) -> None:
-        self._reserved = reserved
-        self._stale_books = {known.id: known for known in instances}
-        self._stale_seats = dict(self._stale_books)
-        self.prefills = PrefillTable(prefillers)
-        self.decodes = DecodeTable(decoders)
-        self.refresh()
-
-    def booked(self, known: Instance) -> None:
-        self._stale_books[known.id] = known
-
-    def seated(self, on_node: list[Instance]) -> None:
-        """Of one of these instances, which share KV memory, the seats have changed."""
-        for known in on_node:
-            self._stale_seats[known.id] = known
-
-    def check_as(self, other: Tables) -> None:
-        """Raises InvariantError unless `other`, which was just made, says the same."""
-        self.prefills.check_as(other.prefills)
-        self.decodes.check_as(other.decodes)
-
-    def refresh(self) -> None:
-        for known in self._stale_books.values():
-            self.prefills.booked(known)
-            self.decodes.booked(known)
-        self._stale_books.clear()
-        for known in self._stale_seats.values():
-            free = known.max_kv_tokens - self._reserved.get(known.info.node, 0)
-            self.prefills.seated(known, free)
-            self.decodes.seated(known, free)
-        self._stale_seats.clear()
 
 
 def _writers(columns: Sequence[Floats | Ints]) -> list[memoryview[Any]]:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final
 from kvasir.core.errors import InvariantError
 from kvasir.pool.match import PrefixMatch
 from kvasir.scheduling.instance import Instance
-from kvasir.scheduling.policies.best import least_of_few
 from kvasir.scheduling.policies.choice import NUM_RECORDED
 
 if TYPE_CHECKING:
@@ -111,10 +110,11 @@ class Contenders:
             self._bind(group, view, prefixes, now)
             if group.bound_s < least_s:
                 nearest, least_s = group, group.bound_s
-        best = _look_into(nearest, [], view, prefixes)
+        best: list[Prefiller] = []
+        _look_into(nearest, best, view, prefixes, now)
         for group in groups:
-            if group is not nearest and (len(best) < NUM_RECORDED or _can_be_better(group, best)):
-                best = _look_into(group, best, view, prefixes)
+            if group is not nearest and _can_be_better(group.rows[0], group.bound_s, best):
+                _look_into(group, best, view, prefixes, now)
         best.sort(key=_row)
         return best
 
@@ -140,20 +140,13 @@ class Contenders:
                 group.mask |= mask
 
     def _bind(self, group: Group, view: FewView, prefixes: list[Prefix], now: float) -> None:
-        """Set its `bound_s`. Comparisons are written out here, since `min` and `max` of floats are calls in machine code."""
+        """Set its `bound_s`."""
         if group.is_stale:
             group.refresh()
-        longest = _longest(prefixes, group.mask)
-        slowness, wait_s = group.slowness, group.free_s - now
+        wait_s = group.free_s - now
         if wait_s < group.least_wait_s:
             wait_s = group.least_wait_s
-        computed_s = wait_s + longest.local_s * slowness
-        if wait_s < longest.fetched_s:
-            wait_s = longest.fetched_s
-        fetched_s = wait_s + view.rest_s * slowness
-        if fetched_s < computed_s:
-            computed_s = fetched_s
-        group.bound_s = computed_s
+        group.bound_s = _bound_s(view, _longest(prefixes, group.mask), wait_s, group.slowness)
 
 
 def _groups(rows: list[int], prefillers: list[Instance]) -> list[Group]:
@@ -184,20 +177,56 @@ def _longest(prefixes: list[Prefix], mask: int) -> Prefix:
     return prefixes[-1]
 
 
-def _can_be_better(group: Group, best: list[Prefiller]) -> bool:
+def _bound_s(view: FewView, longest: Prefix, wait_s: float, slowness: float) -> float:
+    """The least TTFT of one with this prefix who is free after this wait, so much slower than alone.
+
+    Comparisons are written out, since `min` and `max` of floats are calls in machine code.
+    """
+    computed_s = wait_s + longest.local_s * slowness
+    if wait_s < longest.fetched_s:
+        wait_s = longest.fetched_s
+    fetched_s = wait_s + view.rest_s * slowness
+    if fetched_s < computed_s:
+        computed_s = fetched_s
+    return computed_s
+
+
+def _can_be_better(row: int, bound_s: float, best: list[Prefiller]) -> bool:
+    """Who is not below this bound, at this row or behind it."""
+    if len(best) < NUM_RECORDED:
+        return True
     last = best[-1]
-    if group.bound_s == last.ttft_s:  # as where many are idle: the first row goes first
-        return group.rows[0] < last.row
-    return group.bound_s < last.ttft_s + ROUNDING_S
+    if bound_s == last.ttft_s:  # as where many are idle: the first row goes first
+        return row < last.row
+    return bound_s < last.ttft_s + ROUNDING_S
 
 
-def _look_into(group: Group, best: list[Prefiller], view: FewView, prefixes: list[Prefix]) -> list[Prefiller]:
-    """The best of these and of the group."""
-    masks = group.masks
-    looked = [view.look_at(row, _longest(prefixes, masks[place]).blocks) for place, row in enumerate(group.rows)]
-    looked += best
-    looked.sort(key=_row)
-    return [looked[place] for place in least_of_few([known.ttft_s for known in looked])]
+def _look_into(group: Group, best: list[Prefiller], view: FewView, prefixes: list[Prefix], now: float) -> None:
+    """Have those of the group among `best` that belong there."""
+    rows, masks = group.rows, group.masks
+    for place, known in enumerate(group.members):
+        row, longest, book = rows[place], _longest(prefixes, masks[place]), known.book
+        wait_s, least_wait_s, pace = book.free_s - now, book.least_wait_s, book.pace
+        if wait_s < least_wait_s:
+            wait_s = least_wait_s
+        bound_s = _bound_s(view, longest, wait_s, 1.0 / pace)
+        if wait_s > least_wait_s or pace < 1.0:
+            bound_s -= ROUNDING_S  # equal numbers say nothing then
+        if _can_be_better(row, bound_s, best):
+            _put(best, view.look_at(row, longest.blocks))
+
+
+def _put(best: list[Prefiller], known: Prefiller) -> None:
+    """In order of TTFT, of equals in order of rows, NUM_RECORDED at most."""
+    place, ttft_s = len(best), known.ttft_s
+    while place:
+        other = best[place - 1]
+        if other.ttft_s < ttft_s or (other.ttft_s == ttft_s and other.row < known.row):
+            break
+        place -= 1
+    best.insert(place, known)
+    if len(best) > NUM_RECORDED:
+        best.pop()
 
 
 def _row(known: Prefiller) -> int:

@@ -13,11 +13,11 @@ from kvasir.core.events import InstanceInfo
 from kvasir.costs.model import CostModel
 from kvasir.costs.quick import quick
 from kvasir.pool.match import PrefixMatch
-from kvasir.scheduling.columns import Tables
+from kvasir.scheduling.columns import DecodeTable, PrefillTable
 from kvasir.scheduling.contenders import Contenders
 from kvasir.scheduling.instance import Instance, Seat, Taken
 from kvasir.scheduling.plan import Outlook
-from kvasir.scheduling.view import DecodeColumns, Floats, Ints, PrefillColumns
+from kvasir.scheduling.view import Bools, DecodeColumns, Floats, Ints, PrefillColumns
 
 LEAST_PACE: Final = 0.02
 """An instance whose decode steps leave no slack still prefills a little: a prediction must stay finite."""
@@ -48,7 +48,9 @@ class Fleet:
         self._latest_rank = -math.inf
         self._masks_nodes: tuple[str | None, ...] | None = None  # for which `_masks` are: those of the prefillers' nodes
         self._masks: list[int] = []
-        self._contenders: Contenders | None = None
+        self._contenders: Contenders | None = None  # these three are made when they are first wanted: of a few, seldom
+        self._prefill_table: PrefillTable | None = None
+        self._decode_table: DecodeTable | None = None
         self.answer_tokens = math.inf
         """Tokens of an answer, on average; the Placer learns it."""
         self.ttft_s = 0.0
@@ -131,13 +133,15 @@ class Fleet:
 
         Those to `avoid` are left out unless nobody else can do their work.
         """
-        columns = self._fresh_tables().prefills.columns(match, block_tokens, now, rank)
+        if self._prefill_table is None:
+            self._prefill_table = PrefillTable(self._prefillers, self._reserved)
+        columns = self._prefill_table.columns(match, block_tokens, now, rank)
         kept = _without(columns.ids, avoid)
         return columns if kept is None else columns.only(kept)
 
     def decode_columns(self, avoid: frozenset[str]) -> DecodeColumns:
         """Instances that can decode, as above."""
-        columns = self._fresh_tables().decodes.columns(self._stays_s)
+        columns = self._decodes().columns(self._stays_s)
         kept = _without(columns.ids, avoid)
         return columns if kept is None else columns.only(kept)
 
@@ -153,13 +157,18 @@ class Fleet:
             self._contenders = Contenders(self._prefillers)
         return self._contenders
 
-    def least_expected(self, in_s: float) -> tuple[Floats, Floats]:
-        """Of each of `decoders`, the batch and the context tokens that it decodes in so many seconds at least.
+    def least_expected(self, in_s: float) -> Floats:
+        """Of each of `decoders`, the context tokens that it decodes in so many seconds at least; to be used at once.
 
         As DecodeColumns.expected has it for an answer that has an instance to itself: nowhere does it leave sooner.
         """
         stayed, came = shares_in(in_s, self.answer_tokens * self._long_run_s(0, 0, 0.0))
-        return self._fresh_tables().decodes.mixed(stayed, came)
+        return self._decodes().context_tokens_of(stayed, came)
+
+    @property
+    def decoders_that_prefill(self) -> Bools:
+        """Which of `decoders` may prefill, too."""
+        return self._decodes().can_prefill
 
     def free_kv_tokens(self, instance: Instance) -> int:
         """KV of its node that is not spoken for."""
@@ -333,8 +342,10 @@ class Fleet:
             raise InvariantError(f"reserved {self._reserved}, seats sum to {reserved}")
         if list(self._by_id) != sorted(self._by_id) or list(self._by_id.values()) != self._rows:
             raise InvariantError(f"instances are not in order of their ids: {list(self._by_id)}")
-        if self._tables is not None:
-            self._fresh_tables().check_as(Tables(self._rows, self._prefillers, self._decoders, self._reserved))
+        if self._prefill_table is not None:
+            self._prefill_table.check_as(PrefillTable(self._prefillers, self._reserved))
+        if self._decode_table is not None:
+            self._decode_table.check_as(DecodeTable(self._decoders, self._reserved))
         if self._contenders is not None:
             self._contenders.check()
 
@@ -354,27 +365,28 @@ class Fleet:
         self._max_kv_tokens = max([known.max_kv_tokens for known in self._decoders], default=0)
         self._decodes_both_ways = len({known.can_prefill for known in self._decoders}) == 2
         self._masks_nodes = None
-        self._tables: Tables | None = None
+        self._prefill_table = None
+        self._decode_table = None
         self._contenders = None
 
-    def _fresh_tables(self) -> Tables:
-        """Made when they are first wanted, which among a few instances is seldom."""
-        tables = self._tables
-        if tables is None:
-            tables = self._tables = Tables(self._rows, self._prefillers, self._decoders, self._reserved)
-        else:
-            tables.refresh()
-        return tables
+    def _decodes(self) -> DecodeTable:
+        if self._decode_table is None:
+            self._decode_table = DecodeTable(self._decoders, self._reserved)
+        return self._decode_table
 
     def _booked(self, known: Instance) -> None:
-        if self._tables is not None:
-            self._tables.booked(known)
+        if self._prefill_table is not None:
+            self._prefill_table.booked(known)
+        if self._decode_table is not None:
+            self._decode_table.booked(known)
         if self._contenders is not None:
             self._contenders.booked(known)
 
     def _seated(self, known: Instance, now: float) -> None:
-        if self._tables is not None:
-            self._tables.seated(self._on_node[known.node])
+        if self._prefill_table is not None:
+            self._prefill_table.seated(self._on_node[known.node])
+        if self._decode_table is not None:
+            self._decode_table.seated(self._on_node[known.node])
         if self._mixed_step_s is not None and known.can_prefill:
             known.book.at_pace(self._pace(known, self._mixed_step_s), now)
             self._booked(known)

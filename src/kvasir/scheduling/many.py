@@ -1,7 +1,7 @@
 """Our decode rule among many instances: a bound by columns rules most of them out, and who is left is asked number by number.
 
-How long answers stay takes seventy array operations, for instances of which one is chosen. A bound takes a dozen: nowhere does
-an answer leave sooner than where it is alone, and the fewer are left of a batch, the shorter are its steps.
+How long answers stay takes seventy array operations, for instances of which one is chosen. A bound takes three: nowhere does an
+answer leave sooner than where it is alone, and the fewer tokens are left, in the smallest batch, the shorter is a step.
 """
 
 from __future__ import annotations
@@ -63,37 +63,38 @@ class _Search:
 
     def least(self) -> int | None:
         """The row of the least step time; None if it gave up."""
-        return self._least(self._bound_s(), self._tbt_s)
+        return self._least(self._fleet.least_expected(self._in_s), self._tbt_s)
 
     def least_with_room(self) -> int | None:
         """As `least`, among those that only decode and leave a burst room; None also if there are none."""
-        return self._least(np.where(self._view.decodes.can_prefill, math.inf, self._bound_s()), self._roomy_tbt_s)
+        tokens = self._fleet.least_expected(self._in_s)
+        np.putmask(tokens, self._fleet.decoders_that_prefill, math.inf)
+        return self._least(tokens, self._roomy_tbt_s)
 
-    def _least(self, bound_s: Floats, tbt_of: Callable[[int], float]) -> int | None:
-        """Of equals the first wins, and is met first: idle instances are all alike, and one is asked."""
+    def _least(self, tokens: Floats, tbt_of: Callable[[int], float]) -> int | None:
+        """In order of the `tokens` that none is below. Of equals the first row wins, and is met first: idle ones are alike,
+        and one is asked.
+        """
         best: int | None = None
         least_s = math.inf
         while self.asks_left:
-            row = int(bound_s.argmin())
-            bound = float(bound_s[row])
-            if bound > least_s or bound == math.inf or (bound == least_s and best is not None and row > best):
+            row = int(tokens.argmin())
+            fewest = float(tokens[row])
+            bound_s = math.inf if fewest == math.inf else self._bound_s(fewest)
+            if bound_s > least_s or bound_s == math.inf:
                 return best
-            bound_s[row] = math.inf
+            if bound_s == least_s and best is not None and row > best and self._bound_s(fewest + 1.0) > least_s:
+                return best  # who is left is as good at best, and behind it
+            tokens[row] = math.inf
             self.asks_left -= 1
             tbt_s = tbt_of(row)
             if tbt_s < least_s or (tbt_s == least_s and best is not None and row < best):
                 best, least_s = row, tbt_s
         return None
 
-    def _bound_s(self) -> Floats:
-        """By row, what the step time with the request in it is at least, to the last bit: no operation here, nor any cost
-        model, gives less for more.
-        """
-        view = self._view
-        batch, context_tokens = self._fleet.least_expected(self._in_s)
-        batch += 1.0
-        context_tokens += view.num_prompt_tokens
-        return view.costs.decode_steps_s(batch, context_tokens)
+    def _bound_s(self, context_tokens: float) -> float:
+        """What the step time with the request is at least, to the last bit: no cost model gives less for more."""
+        return self._view.costs.decode_step_s(1, int(context_tokens) + self._view.num_prompt_tokens)
 
     def _tbt_s(self, row: int) -> float:
         """As `least_tbt` has it: later than all others where there is no room."""
