@@ -9,10 +9,10 @@ from kvasir.core.request import Role
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
 from kvasir.costs.quick import quick
 from kvasir.pool.directory import BlockDirectory
-from kvasir.scheduling import few
+from kvasir.scheduling import contenders, few
 from kvasir.scheduling.few import FewView
 from kvasir.scheduling.fleet import Fleet
-from kvasir.scheduling.instance import Seat
+from kvasir.scheduling.instance import Instance, Seat
 from kvasir.scheduling.policies.kvasir import Kvasir
 
 COSTS = quick(FittedCost(PrefillFit(0.0, 1e-3, 0, 0), DecodeFit(0.010, 1e-3, 0.0), 0.0, 1e6))
@@ -112,3 +112,24 @@ def test_nobody_else_would_be_done_sooner(seed: int, monkeypatch: pytest.MonkeyP
             view = view_of(fleet, directory, kv_bytes=kv_bytes, now=now)
             assert decoding_s == pytest.approx(sorted(k.ttft_s for k in view.prefillers if k.instance.can_decode)[:3])
     fleet.check()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_mask_of_nodes_becomes_the_bits_of_the_instances_on_them(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "MOST_KNOWN", 8)
+    rng = Random(seed)
+    nodes = [f"n{number}" for number in range(rng.choice((1, 40, 200)))]
+    instances = [Instance(InstanceInfo(f"i{n:03}", Role.PREFILL, rng.choice([*nodes, "unheard"]), 1, 1, 1)) for n in range(150)]
+    rng.shuffle(instances)
+    groups = [contenders.Group(n, list(range(s, s + 16)), instances[s : s + 16]) for n, s in enumerate(range(0, 150, 16))]
+    holders, everybodys = contenders.Holders(groups), 0
+    for _ in range(3):
+        rng.shuffle(nodes)
+        heard = tuple(nodes)
+        holders.see(heard)
+        for _ in range(60):
+            everybodys |= 1 << rng.randrange(len(nodes))
+            mask = rng.choice((everybodys, everybodys, 1 << rng.randrange(len(nodes)), rng.getrandbits(len(nodes)), 0))
+            on = {node for bit, node in enumerate(heard) if mask >> bit & 1}
+            expected = [sum(1 << place for place, known in enumerate(g.members) if known.node in on) for g in groups]
+            assert holders.of(mask) == expected

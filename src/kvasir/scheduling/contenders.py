@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 GROUP: Final = 16
 """Instances of a group: of a thousand there are some sixty, of which one or two are looked into."""
 
+EVERYBODY: Final = (1 << GROUP) - 1
+"""In a group, as bits."""
+
+MANY: Final = 64
+"""Nodes that have a prefix: from so many on, who else has it is found from there."""
+
+MOST_KNOWN: Final = 256
+"""Prefixes of which it is remembered who has them; to find it again takes as long as placing a prompt."""
+
 ROUNDING_S: Final = 1e-6
 """What a bound, in which absolute times are subtracted, may be wrong by."""
 
@@ -29,13 +38,12 @@ class Group:
     prefill). `bound_s` is the TTFT that none of them is below for the prompt that was last asked for.
     """
 
-    __slots__ = ("bound_s", "free_s", "is_stale", "least_wait_s", "mask", "masks", "members", "rows", "slowness")
+    __slots__ = ("bound_s", "free_s", "is_stale", "least_wait_s", "members", "number", "rows", "slowness")
 
-    def __init__(self, rows: list[int], members: list[Instance]):
+    def __init__(self, number: int, rows: list[int], members: list[Instance]):
+        self.number = number
         self.rows = rows
         self.members = members
-        self.masks = [0] * len(rows)  # the bits of the members' nodes in the masks of a match
-        self.mask = 0
         self.is_stale = True
         self.free_s = self.least_wait_s = math.inf
         self.slowness = self.bound_s = math.inf
@@ -58,30 +66,88 @@ class Group:
 
 class Prefix:
     """A prefix that some nodes have: computing the rest takes `local_s` alone. A fetch, by whoever has no longer one, does not
-    let the prefill behind it begin before `fetched_s`.
+    let the prefill behind it begin before `fetched_s`. `holders` are, by group, those who have it, as bits by place.
     """
 
-    __slots__ = ("blocks", "fetched_s", "local_s", "mask")
+    __slots__ = ("blocks", "fetched_s", "holders", "local_s")
 
-    def __init__(self, mask: int, blocks: int, local_s: float, fetched_s: float):
-        self.mask = mask
+    def __init__(self, holders: list[int], blocks: int, local_s: float, fetched_s: float):
+        self.holders = holders
         self.blocks = blocks
         self.local_s = local_s
         self.fetched_s = fetched_s
 
 
+class Holders:
+    """Who has a prefix, by groups: a match says it of nodes, as bits of one number of a thousand bits."""
+
+    __slots__ = ("_groups", "_known", "_latest", "_latest_mask", "_nodes", "_places")
+
+    def __init__(self, groups: list[Group]):
+        self._groups = groups
+        self._nodes: tuple[str | None, ...] | None = None  # by whose bits `_places` are
+        self._places: list[list[tuple[int, int]]] = []  # (group, bit) of the instances on each node
+        self._known: dict[int, list[int]] = {}  # by mask: some prefixes are many prompts'
+        self._latest_mask = 0  # of very many nodes
+        self._latest = [0] * len(groups)
+
+    def see(self, nodes: tuple[str | None, ...]) -> None:
+        """The nodes of a match, which change only as a whole."""
+        if nodes is self._nodes:
+            return
+        self._nodes = nodes
+        bits = {node: bit for bit, node in enumerate(nodes)}
+        self._places = [[] for _ in nodes]
+        for group in self._groups:
+            for place, known in enumerate(group.members):
+                bit = bits.get(known.node)
+                if bit is not None:
+                    self._places[bit].append((group.number, 1 << place))
+        self._known = {}
+        self._latest_mask, self._latest = 0, [0] * len(self._groups)
+
+    def of(self, mask: int) -> list[int]:
+        """By group, the bits of those on these nodes; to be read only."""
+        holders = self._known.get(mask)
+        if holders is None:
+            holders = self._spread(mask)
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            self._known[mask] = holders
+        return holders
+
+    def _spread(self, mask: int) -> list[int]:
+        """From nothing, or from the latest that many nodes had: one that is everybody's comes to one node more at a time."""
+        changed = mask ^ self._latest_mask
+        if changed.bit_count() < mask.bit_count():
+            holders = self._latest.copy()
+        else:
+            changed, holders = mask, [0] * len(self._groups)
+        while changed:
+            lowest = changed & -changed
+            for number, bit in self._places[lowest.bit_length() - 1]:
+                holders[number] ^= bit
+            changed ^= lowest
+        if mask.bit_count() >= MANY:
+            self._latest_mask, self._latest = mask, holders
+        return holders
+
+
 class Contenders:
     """All instances that can prefill, in groups of those that decode as well and those that do not."""
 
-    __slots__ = ("_decoding", "_group_of", "_groups", "_nodes")
+    __slots__ = ("_decoding", "_group_of", "_groups", "_holders")
 
     def __init__(self, prefillers: list[Instance]):
-        self._nodes: tuple[str | None, ...] | None = None  # by whose bits the groups' masks are
         decoding = [row for row, known in enumerate(prefillers) if known.can_decode]
         others = [row for row, known in enumerate(prefillers) if not known.can_decode]
-        self._decoding = _groups(decoding, prefillers)
-        self._groups = [*_groups(others, prefillers), *self._decoding]
+        parts = _parts(others)
+        num_others = len(parts)
+        parts += _parts(decoding)
+        self._groups = [Group(number, part, [prefillers[row] for row in part]) for number, part in enumerate(parts)]
+        self._decoding = self._groups[num_others:]
         self._group_of = {known.id: group for group in self._groups for known in group.members}
+        self._holders = Holders(self._groups)
 
     def booked(self, known: Instance) -> None:
         """Its queue or its pace has changed."""
@@ -103,8 +169,8 @@ class Contenders:
     def _find(self, groups: list[Group], view: FewView, match: PrefixMatch, now: float) -> list[Prefiller]:
         if not groups:
             return []
-        self._see(match)
-        prefixes = _prefixes(view, match)
+        self._holders.see(match.nodes)
+        prefixes = self._prefixes(view, match)
         nearest, least_s = groups[0], math.inf
         for group in groups:
             self._bind(group, view, prefixes, now)
@@ -127,17 +193,19 @@ class Contenders:
                 if said != (group.free_s, group.least_wait_s, group.slowness):
                     raise InvariantError(f"the group of {group.members[0].id} says {said}, its members disagree")
 
-    def _see(self, match: PrefixMatch) -> None:
-        """Have the bits of each node in the masks of a match; its `nodes` change only as a whole."""
-        if match.nodes is self._nodes:
-            return
-        self._nodes = match.nodes
-        masks = iter(match.masks_of([known.node for group in self._groups for known in group.members]))
-        for group in self._groups:
-            group.masks = [next(masks) for _ in group.members]
-            group.mask = 0
-            for mask in group.masks:
-                group.mask |= mask
+    def _prefixes(self, view: FewView, match: PrefixMatch) -> list[Prefix]:
+        """The longest first; the last is none."""
+        prefixes: list[Prefix] = []
+        fetched_s = math.inf
+        for mask, blocks in ((0, 0), *match.runs):
+            tokens = blocks * view.block_tokens
+            if view.fetches(tokens):
+                transfer_s = view.transfer_s(view.best_tokens - tokens)
+                # waiting and the prefill itself hide it
+                fetched_s = min(fetched_s, transfer_s - view.rest_s if view.layerwise else 0.0)
+            prefixes.append(Prefix(self._holders.of(mask), blocks, view.prefill_s(tokens), fetched_s))
+        prefixes.reverse()
+        return prefixes
 
     def _bind(self, group: Group, view: FewView, prefixes: list[Prefix], now: float) -> None:
         """Set its `bound_s`."""
@@ -146,33 +214,17 @@ class Contenders:
         wait_s = group.free_s - now
         if wait_s < group.least_wait_s:
             wait_s = group.least_wait_s
-        group.bound_s = _bound_s(view, _longest(prefixes, group.mask), wait_s, group.slowness)
+        group.bound_s = _bound_s(view, _longest(prefixes, group.number, EVERYBODY), wait_s, group.slowness)
 
 
-def _groups(rows: list[int], prefillers: list[Instance]) -> list[Group]:
-    parts = [rows[start : start + GROUP] for start in range(0, len(rows), GROUP)]
-    return [Group(part, [prefillers[row] for row in part]) for part in parts]
+def _parts(rows: list[int]) -> list[list[int]]:
+    return [rows[start : start + GROUP] for start in range(0, len(rows), GROUP)]
 
 
-def _prefixes(view: FewView, match: PrefixMatch) -> list[Prefix]:
-    """The longest first; the last is none."""
-    prefixes: list[Prefix] = []
-    fetched_s = math.inf
-    for mask, blocks in ((0, 0), *match.runs):
-        tokens = blocks * view.block_tokens
-        if view.fetches(tokens):
-            transfer_s = view.transfer_s(view.best_tokens - tokens)
-            # waiting and the prefill itself hide it
-            fetched_s = min(fetched_s, transfer_s - view.rest_s if view.layerwise else 0.0)
-        prefixes.append(Prefix(mask, blocks, view.prefill_s(tokens), fetched_s))
-    prefixes.reverse()
-    return prefixes
-
-
-def _longest(prefixes: list[Prefix], mask: int) -> Prefix:
-    """Of those that one of these nodes has; everybody has none."""
+def _longest(prefixes: list[Prefix], group: int, members: int) -> Prefix:
+    """Of those that one of these members has; everybody has none."""
     for prefix in prefixes:
-        if prefix.mask & mask:
+        if prefix.holders[group] & members:
             return prefix
     return prefixes[-1]
 
@@ -203,9 +255,10 @@ def _can_be_better(row: int, bound_s: float, best: list[Prefiller]) -> bool:
 
 def _look_into(group: Group, best: list[Prefiller], view: FewView, prefixes: list[Prefix], now: float) -> None:
     """Have those of the group among `best` that belong there."""
-    rows, masks = group.rows, group.masks
+    rows, number, bit = group.rows, group.number, 1
     for place, known in enumerate(group.members):
-        row, longest, book = rows[place], _longest(prefixes, masks[place]), known.book
+        row, longest, book = rows[place], _longest(prefixes, number, bit), known.book
+        bit *= 2
         wait_s, least_wait_s, pace = book.free_s - now, book.least_wait_s, book.pace
         if wait_s < least_wait_s:
             wait_s = least_wait_s
