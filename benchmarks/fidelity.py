@@ -25,6 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 from random import Random
 from statistics import fmean, median
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -37,7 +38,7 @@ from kvasir.cluster.config import ServeConfig
 from kvasir.cluster.model import model_spec
 from kvasir.core.request import Role, Slo
 from kvasir.core.units import parse_duration
-from kvasir.costs.fitted import FittedCost
+from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
 from kvasir.engine.interface import ModelSpec
 from kvasir.report.timeline import RequestRecord, Status
 from kvasir.scheduling.strategy import Strategy, strategy
@@ -46,6 +47,8 @@ from kvasir.simulator.run import Run
 from kvasir.simulator.spec import ClusterSpec, InstanceSpec, MemoryKind, NodeSpec
 from kvasir.store.arena import slots_that_fit
 from kvasir.workload.trace import Trace
+
+Fit = TypeVar("Fit", PrefillFit, DecodeFit)
 
 PORT = 8203
 LAYOUTS = {"1 prefill + 1 decode": (Role.PREFILL, Role.DECODE), "1 mixed": (Role.MIXED,)}
@@ -112,28 +115,35 @@ class Calibration:
 @dataclass(frozen=True)
 class Overhead:
     """What the service adds to the engine's time: to each step, for each sequence in it beyond the first, and once to a first
-    token without occupying an instance; how much longer a prefill takes beside the service's own threads. What prefill and
-    decode leave each other of the cores that they share. And what the simulator does not know: how uneven equal steps are.
+    token without occupying an instance; how many times as long as in the profile a prefill takes, and a decode step where it
+    is shorter (the machine may have been slower then). What prefill and decode leave each other of the cores that they
+    share. And what the simulator does not know: how uneven equal steps are.
     """
 
     step_s: float
     sequence_s: float
     first_s: float
     prefill: float
+    decode: float
     low_share: float
     normal_share: float
     tail: float
 
     @classmethod
     def of(cls, found: Calibration, costs: FittedCost) -> Overhead:
-        step_s = max(0.0, found.gap_s - costs.decode_step_s(1, LONE_PROMPT + LONE_OUTPUT // 2))
+        lone_s = costs.decode_step_s(1, LONE_PROMPT + LONE_OUTPUT // 2)
+        decode = min(1.0, found.gap_s / lone_s)
+        prefill = found.prompt_s / _chunked_s(costs, BESIDE_PROMPT)
+        step_s = max(0.0, found.gap_s - lone_s)
+        costs = scaled(costs, prefill, decode)
         crowd_s = found.crowd_gap_s - step_s - costs.decode_step_s(CROWD, CROWD * (LONE_PROMPT + CROWD_OUTPUT // 2))
         alone_s = costs.decode_step_s(1, LONE_PROMPT + BESIDE_OUTPUT // 2) + step_s
         return cls(
             step_s=step_s,
             sequence_s=max(0.0, crowd_s) / (CROWD - 1),
             first_s=max(0.0, found.first_s - costs.prefill_s(LONE_PROMPT, 0) - step_s),
-            prefill=max(1.0, found.prompt_s / _chunked_s(costs, BESIDE_PROMPT)),
+            prefill=prefill,
+            decode=decode,
             # a decode instance pauses after each step for as long as it took: half of the time a prefill beside has the cores
             low_share=min(1.0, max(0.02, 2.0 * found.prompt_s / found.prompt_beside_s - 1.0)),
             normal_share=min(1.0, 2.0 * alone_s / found.gap_beside_s),
@@ -141,18 +151,23 @@ class Overhead:
         )
 
     def on(self, costs: FittedCost) -> FittedCost:
-        fit = costs.prefill
-        prefill = msgspec.structs.replace(
-            fit,
-            base_s=fit.base_s * self.prefill + self.step_s,
-            per_token_s=fit.per_token_s * self.prefill,
-            per_pair_s=fit.per_pair_s * self.prefill,
-            per_square_s=fit.per_square_s * self.prefill,
-        )
+        costs = scaled(costs, self.prefill, self.decode)
+        prefill = msgspec.structs.replace(costs.prefill, base_s=costs.prefill.base_s + self.step_s)
         base_s = costs.decode.base_s + self.step_s - self.sequence_s
         per_sequence_s = costs.decode.per_sequence_s + self.sequence_s
         decode = msgspec.structs.replace(costs.decode, base_s=base_s, per_sequence_s=per_sequence_s)
         return msgspec.structs.replace(costs, prefill=prefill, decode=decode)
+
+
+def scaled(costs: FittedCost, prefill: float, decode: float) -> FittedCost:
+    """Where each phase takes so many times as long."""
+    return msgspec.structs.replace(costs, prefill=_times(costs.prefill, prefill), decode=_times(costs.decode, decode))
+
+
+def _times(fit: Fit, factor: float) -> Fit:
+    return msgspec.structs.replace(
+        fit, **{name: getattr(fit, name) * factor for name in fit.__struct_fields__ if name.endswith("_s")}
+    )
 
 
 def _chunked_s(costs: FittedCost, tokens: int) -> float:
@@ -259,8 +274,8 @@ def predict(config: ServeConfig, spec: ModelSpec, costs: FittedCost, overhead: O
 
 
 def as_served(config: ServeConfig) -> Strategy:
-    """The scheduler with the chunks that `kvasir serve` makes: of `chunk_tokens`, in steps of half of the TBT objective."""
-    scheduler = strategy(config.policy).with_parts(admission="off")
+    """The scheduler as `kvasir serve` has it: its roles, and chunks of `chunk_tokens` in steps of half of the TBT objective."""
+    scheduler = strategy(config.policy).with_parts(admission="off", roles=config.role_rule)
     return scheduler.live(config.chunk_tokens)
 
 
