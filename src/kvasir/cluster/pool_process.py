@@ -147,7 +147,7 @@ class PoolBody:
         self._num_layers = num_layers
         self._open_channel = open_channel
         self._num_bringing = 0
-        self._given_up: dict[tuple[str, str], bool] = {}  # by instance and lease that is being brought
+        self._awaited: set[tuple[str, str]] = set()  # (instance, lease) of what is being brought and was not given up
         self._flush_due = False
         self._log = structlog.get_logger().bind(part="pool", node=node)
         self.broken_invariants = 0
@@ -180,13 +180,12 @@ class PoolBody:
             if event.owner != peer:
                 self._log.warning("spoke in another's name, ignored", peer=peer, owner=event.owner)
             elif isinstance(event, BringBlocks | ReceiveLease):
-                self._given_up[peer, event.lease] = False
+                self._awaited.add((peer, event.lease))
                 self._tasks.create_task(self._bring(peer, call.id, event))
             else:
                 if isinstance(event, ReleaseLease):
                     self._bringer.let_go(peer, event.lease)
-                    if (peer, event.lease) in self._given_up:
-                        self._given_up[peer, event.lease] = True
+                    self._awaited.discard((peer, event.lease))
                 elif isinstance(event, OwnerJoined):
                     self._bringer.let_go(peer)
                 self._reply(peer, call.id, event, self._host.ask(event))
@@ -201,10 +200,10 @@ class PoolBody:
             answer = await self._brought(event)
         finally:
             self._num_bringing -= 1
-            is_given_up = self._given_up.pop((peer, event.lease), False)
-        if is_given_up:
+        if (peer, event.lease) not in self._awaited:
             self._bringer.let_go(peer, event.lease)
             answer = self._host.ask(ReleaseLease(event.owner, event.epoch, event.lease))
+        self._awaited.discard((peer, event.lease))
         self._reply(peer, call_id, event, answer)
 
     async def _brought(self, event: BodyEvent) -> OwnerAnswer | None:
