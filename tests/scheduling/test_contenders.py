@@ -9,6 +9,7 @@ from kvasir.core.request import Role
 from kvasir.costs.fitted import DecodeFit, FittedCost, PrefillFit
 from kvasir.costs.quick import quick
 from kvasir.pool.directory import BlockDirectory
+from kvasir.pool.match import PrefixMatch
 from kvasir.scheduling import contenders, few
 from kvasir.scheduling.few import FewView
 from kvasir.scheduling.fleet import Fleet
@@ -122,11 +123,11 @@ def test_a_mask_of_nodes_becomes_the_bits_of_the_instances_on_them(seed: int, mo
     instances = [Instance(InstanceInfo(f"i{n:03}", Role.PREFILL, rng.choice([*nodes, "unheard"]), 1, 1, 1)) for n in range(150)]
     rng.shuffle(instances)
     groups = [contenders.Group(n, list(range(s, s + 16)), instances[s : s + 16]) for n, s in enumerate(range(0, 150, 16))]
-    holders, everybodys = contenders.Holders(groups), 0
+    holders, everybodys = contenders.HoldersByGroup(groups), 0
     for _ in range(3):
         rng.shuffle(nodes)
         heard = tuple(nodes)
-        holders.see(heard)
+        holders.see(PrefixMatch((), (), heard))
         for _ in range(60):
             everybodys |= 1 << rng.randrange(len(nodes))
             mask = rng.choice((everybodys, everybodys, 1 << rng.randrange(len(nodes)), rng.getrandbits(len(nodes)), 0))

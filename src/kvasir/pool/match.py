@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 Runs = tuple[tuple[int, int], ...]
 """(mask of the nodes whose prefix ends there, its length in blocks), shortest first; no node is in two, no length is 0."""
+
+
+def bits_of(mask: int) -> list[int]:
+    """The numbers of the bits that are set, lowest first."""
+    bits = []
+    while mask:
+        lowest = mask & -mask
+        bits.append(lowest.bit_length() - 1)
+        mask ^= lowest
+    return bits
 
 
 class PrefixMatch:
@@ -66,6 +76,16 @@ class PrefixMatch:
         bits = {node: bit for bit, node in enumerate(self.nodes)}
         return [1 << bits[node] if node in bits else 0 for node in nodes]
 
+    def rows_on(self, nodes: Sequence[str]) -> list[list[int]]:
+        """By bit, the rows of `nodes` that are the node of that bit."""
+        bits = {node: bit for bit, node in enumerate(self.nodes)}
+        rows: list[list[int]] = [[] for _ in self.nodes]
+        for row, node in enumerate(nodes):
+            bit = bits.get(node)
+            if bit is not None:
+                rows[bit].append(row)
+        return rows
+
     def names(self, mask: int) -> tuple[str, ...]:
         """The nodes of a mask, by bit."""
         return tuple(self._named(mask))
@@ -81,12 +101,10 @@ class PrefixMatch:
 
     def _named(self, mask: int) -> list[str]:
         names = []
-        while mask:
-            low = mask & -mask
-            node = self.nodes[low.bit_length() - 1]
+        for bit in bits_of(mask):
+            node = self.nodes[bit]
             if node is not None:
                 names.append(node)
-            mask ^= low
         return names
 
     def __repr__(self) -> str:

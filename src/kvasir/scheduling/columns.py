@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from kvasir.core.errors import InvariantError
-from kvasir.pool.match import PrefixMatch, Runs
+from kvasir.pool.match import PrefixMatch, Runs, bits_of
 from kvasir.scheduling.instance import Instance
 from kvasir.scheduling.view import Bools, DecodeColumns, Floats, Ints, Lengths, PrefillColumns, Stays
 
@@ -167,7 +167,7 @@ class PrefillTable(Table):
 
     def _lengths(self, match: PrefixMatch, runs: Runs, block_tokens: int) -> Lengths:
         """Per row, the length of its node's run in tokens. Of no run are the nodes left over; most are of one."""
-        self._see(match.nodes)
+        self._see(match)
         others = (1 << len(match.nodes)) - 1
         for mask, _ in runs:
             others &= ~mask
@@ -185,11 +185,9 @@ class PrefillTable(Table):
     def _write(self, which: Ints, mask: int, number: int) -> None:
         """Into the rows of these nodes; a mask of very many becomes an array as a whole."""
         if mask.bit_count() <= FEW_NODES:
-            while mask:
-                bit = mask.bit_length() - 1
+            for bit in bits_of(mask):
                 for row in self._rows_of[bit]:
                     which[row] = number
-                mask ^= 1 << bit
             return
         num_bits = len(self._rows_of)
         octets = np.frombuffer(mask.to_bytes(-(-num_bits // 8), "little"), dtype=np.uint8)
@@ -197,17 +195,16 @@ class PrefillTable(Table):
         is_there[:-1] = np.unpackbits(octets, count=num_bits, bitorder="little")
         which[is_there[self._bits]] = number
 
-    def _see(self, nodes: tuple[str | None, ...]) -> None:
-        """Find the rows of each node, by its bit in a match's masks; `nodes` changes only as a whole."""
+    def _see(self, match: PrefixMatch) -> None:
+        """Find the rows of each node, by its bit in a match's masks; its `nodes` change only as a whole."""
+        nodes = match.nodes
         if nodes is self._nodes:
             return
-        bits = {node: bit for bit, node in enumerate(nodes)}
         self._nodes = nodes
-        self._rows_of = [[] for _ in nodes]
-        self._bits = np.array([bits.get(known.info.node, len(nodes)) for known in self._instances], dtype=np.int64)
-        for row, bit in enumerate(self._bits.tolist()):
-            if bit < len(nodes):
-                self._rows_of[bit].append(row)
+        self._rows_of = match.rows_on([known.info.node for known in self._instances])
+        self._bits = np.full(len(self._instances), len(nodes), dtype=np.int64)
+        for bit, rows in enumerate(self._rows_of):
+            self._bits[rows] = bit
         self._unheard = np.flatnonzero(self._bits == len(nodes))
 
 

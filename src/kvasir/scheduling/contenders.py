@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING, Final
 
 from kvasir.core.errors import InvariantError
-from kvasir.pool.match import PrefixMatch
+from kvasir.pool.match import PrefixMatch, bits_of
 from kvasir.scheduling.instance import Instance
 from kvasir.scheduling.policies.choice import NUM_RECORDED
 
@@ -78,7 +78,7 @@ class Prefix:
         self.fetched_s = fetched_s
 
 
-class Holders:
+class HoldersByGroup:
     """Who has a prefix, by groups: a match says it of nodes, as bits of one number of a thousand bits."""
 
     __slots__ = ("_groups", "_known", "_latest", "_latest_mask", "_nodes", "_places")
@@ -91,18 +91,14 @@ class Holders:
         self._latest_mask = 0  # of very many nodes
         self._latest = [0] * len(groups)
 
-    def see(self, nodes: tuple[str | None, ...]) -> None:
-        """The nodes of a match, which change only as a whole."""
-        if nodes is self._nodes:
+    def see(self, match: PrefixMatch) -> None:
+        """Ask for its masks from now on; its `nodes` change only as a whole."""
+        if match.nodes is self._nodes:
             return
-        self._nodes = nodes
-        bits = {node: bit for bit, node in enumerate(nodes)}
-        self._places = [[] for _ in nodes]
-        for group in self._groups:
-            for place, known in enumerate(group.members):
-                bit = bits.get(known.node)
-                if bit is not None:
-                    self._places[bit].append((group.number, 1 << place))
+        self._nodes = match.nodes
+        places = [(group.number, 1 << place) for group in self._groups for place in range(len(group.members))]
+        rows_on = match.rows_on([known.node for group in self._groups for known in group.members])
+        self._places = [[places[row] for row in rows] for rows in rows_on]
         self._known = {}
         self._latest_mask, self._latest = 0, [0] * len(self._groups)
 
@@ -123,11 +119,9 @@ class Holders:
             holders = self._latest.copy()
         else:
             changed, holders = mask, [0] * len(self._groups)
-        while changed:
-            lowest = changed & -changed
-            for number, bit in self._places[lowest.bit_length() - 1]:
+        for node in bits_of(changed):
+            for number, bit in self._places[node]:
                 holders[number] ^= bit
-            changed ^= lowest
         if mask.bit_count() >= MANY:
             self._latest_mask, self._latest = mask, holders
         return holders
@@ -147,7 +141,7 @@ class Contenders:
         self._groups = [Group(number, part, [prefillers[row] for row in part]) for number, part in enumerate(parts)]
         self._decoding = self._groups[num_others:]
         self._group_of = {known.id: group for group in self._groups for known in group.members}
-        self._holders = Holders(self._groups)
+        self._holders = HoldersByGroup(self._groups)
 
     def booked(self, known: Instance) -> None:
         """Its queue or its pace has changed."""
@@ -169,11 +163,11 @@ class Contenders:
     def _find(self, groups: list[Group], view: FewView, match: PrefixMatch, now: float) -> list[Prefiller]:
         if not groups:
             return []
-        self._holders.see(match.nodes)
+        self._holders.see(match)
         prefixes = self._prefixes(view, match)
         nearest, least_s = groups[0], math.inf
         for group in groups:
-            self._bind(group, view, prefixes, now)
+            _bind(group, view, prefixes, now)
             if group.bound_s < least_s:
                 nearest, least_s = group, group.bound_s
         best: list[Prefiller] = []
@@ -207,15 +201,6 @@ class Contenders:
         prefixes.reverse()
         return prefixes
 
-    def _bind(self, group: Group, view: FewView, prefixes: list[Prefix], now: float) -> None:
-        """Set its `bound_s`."""
-        if group.is_stale:
-            group.refresh()
-        wait_s = group.free_s - now
-        if wait_s < group.least_wait_s:
-            wait_s = group.least_wait_s
-        group.bound_s = _bound_s(view, _longest(prefixes, group.number, EVERYBODY), wait_s, group.slowness)
-
 
 def _parts(rows: list[int]) -> list[list[int]]:
     return [rows[start : start + GROUP] for start in range(0, len(rows), GROUP)]
@@ -229,11 +214,22 @@ def _longest(prefixes: list[Prefix], group: int, members: int) -> Prefix:
     return prefixes[-1]
 
 
-def _bound_s(view: FewView, longest: Prefix, wait_s: float, slowness: float) -> float:
-    """The least TTFT of one with this prefix who is free after this wait, so much slower than alone.
+def _bind(group: Group, view: FewView, prefixes: list[Prefix], now: float) -> None:
+    """Set its `bound_s`."""
+    if group.is_stale:
+        group.refresh()
+    longest = _longest(prefixes, group.number, EVERYBODY)
+    group.bound_s = _bound_s(view, longest, group.free_s - now, group.least_wait_s, group.slowness)
+
+
+def _bound_s(view: FewView, longest: Prefix, free_in_s: float, least_wait_s: float, slowness: float) -> float:
+    """The least TTFT of one with this prefix who is free so soon and after no less than a wait, so much slower than alone.
 
     Comparisons are written out, since `min` and `max` of floats are calls in machine code.
     """
+    wait_s = free_in_s
+    if wait_s < least_wait_s:
+        wait_s = least_wait_s
     computed_s = wait_s + longest.local_s * slowness
     if wait_s < longest.fetched_s:
         wait_s = longest.fetched_s
@@ -259,11 +255,9 @@ def _look_into(group: Group, best: list[Prefiller], view: FewView, prefixes: lis
     for place, known in enumerate(group.members):
         row, longest, book = rows[place], _longest(prefixes, number, bit), known.book
         bit *= 2
-        wait_s, least_wait_s, pace = book.free_s - now, book.least_wait_s, book.pace
-        if wait_s < least_wait_s:
-            wait_s = least_wait_s
-        bound_s = _bound_s(view, longest, wait_s, 1.0 / pace)
-        if wait_s > least_wait_s or pace < 1.0:
+        free_in_s, least_wait_s, pace = book.free_s - now, book.least_wait_s, book.pace
+        bound_s = _bound_s(view, longest, free_in_s, least_wait_s, 1.0 / pace)
+        if free_in_s > least_wait_s or pace < 1.0:
             bound_s -= ROUNDING_S  # equal numbers say nothing then
         if _can_be_better(row, bound_s, best):
             _put(best, view.look_at(row, longest.blocks))
