@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from typing import TypeVar
 
 from kvasir.cli.collector import collector_paused
+from kvasir.cli.workers import interrupts_held, workers
 
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
@@ -21,19 +20,13 @@ def results_of(tasks: Mapping[Key, Callable[[], Result]], jobs: int, on_done: Ca
     """
     if jobs == 1:
         return _one_by_one(tasks, on_done)
-    pool = ProcessPoolExecutor(min(jobs, max(1, len(tasks))), multiprocessing.get_context("spawn"), _ignore_interrupts)
-    try:
-        keys = {pool.submit(_run, task): key for key, task in tasks.items()}
+    with workers(min(jobs, max(1, len(tasks)))) as pool:
+        with interrupts_held():
+            keys = {pool.submit(_run, task): key for key, task in tasks.items()}
         for done, future in enumerate(as_completed(keys), start=1):
             future.result()
             on_done(done, keys[future])
         return {key: future.result() for future, key in keys.items()}
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _one_by_one(tasks: Mapping[Key, Callable[[], Result]], on_done: Callable[[int, Key], None]) -> dict[Key, Result]:
@@ -47,8 +40,3 @@ def _one_by_one(tasks: Mapping[Key, Callable[[], Result]], on_done: Callable[[in
 def _run(task: Callable[[], Result]) -> Result:
     with collector_paused():
         return task()
-
-
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches the whole group; the parent ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -15,10 +15,11 @@ import typer
 
 from kvasir.cli.files import check_writable, write
 from kvasir.cli.plan.outcome import Outcome
-from kvasir.cli.plan.workers import evaluator, interrupts_held
+from kvasir.cli.plan.workers import evaluator
 from kvasir.cli.simulate.inputs import cluster_from, load_trace, objectives, read_text
 from kvasir.cli.simulate.outcome import trace_notes
 from kvasir.cli.simulate.progress import shown
+from kvasir.cli.workers import interrupts_held
 from kvasir.core.errors import ConfigError
 from kvasir.costs.hardware import HARDWARE
 from kvasir.costs.roofline import RooflineCost
