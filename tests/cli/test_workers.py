@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+
 from kvasir.cli.workers import interrupts_held
 
 
@@ -30,14 +31,19 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     thread.join()
 
 
+def _interrupted(turns: list[int]) -> None:
+    with interrupts_held():
+        os.kill(os.getpid(), signal.SIGINT)
+        while len(turns) < 100_000:  # Python calls handlers between instructions
+            turns.append(len(turns))
+
+
 @pytest.mark.usefixtures("_threads")
 def test_an_interrupt_is_heard_when_the_block_ends() -> None:
-    done = 0
-    with pytest.raises(KeyboardInterrupt), interrupts_held():
-        os.kill(os.getpid(), signal.SIGINT)
-        for _ in range(100_000):  # Python calls handlers between instructions
-            done += 1
-    assert done == 100_000
+    turns: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        _interrupted(turns)
+    assert len(turns) == 100_000
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 

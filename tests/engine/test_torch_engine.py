@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from kvasir.core.errors import ModelError
 from kvasir.core.request import Sampling
 from kvasir.engine.checkpoint import read_spec
 from kvasir.engine.interface import SequenceSlice
+from kvasir.engine.torch import priority
 from kvasir.engine.torch.engine import TorchEngine
 from kvasir.engine.torch.kernels import Ops, TorchOps
 from tests.engine.conftest import BLOCK_TOKENS, GREEDY, Arena, MakeCheckpoint, Sequence_, generate, random_tokens, step
@@ -188,11 +190,32 @@ async def test_a_step_does_not_block_the_event_loop(checkpoint: MakeCheckpoint) 
         assert turns > 3
 
 
+def _threads() -> dict[int, str]:
+    """Names of this process's threads."""
+    return {int(task.name): (task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
+
+
 async def test_low_priority_is_the_engine_threads_alone(checkpoint: MakeCheckpoint) -> None:
-    async with opened(checkpoint(family="llama"), low_priority=True) as (engine, _):
-        inside = await asyncio.get_running_loop().run_in_executor(engine._thread, os.sched_getscheduler, 0)
-        assert inside == os.SCHED_IDLE
-        assert os.sched_getscheduler(0) == os.SCHED_OTHER
+    async with opened(checkpoint(family="llama"), low_priority=True) as (engine, arena):
+        sequence = Sequence_("a", LATE_PROMPT, arena.reserve(112))
+        await engine.step([sequence.slice()])
+        inside = await asyncio.get_running_loop().run_in_executor(engine._thread, threading.get_native_id)
+        threads = _threads()
+        of_engine = {thread for thread, name in threads.items() if name == priority.NAME}
+        assert inside in of_engine
+        assert threading.get_native_id() not in of_engine
+        for thread in threads:
+            assert (os.sched_getscheduler(thread) == os.SCHED_IDLE) == (thread in of_engine)
+
+
+async def test_a_model_loads_at_normal_priority(checkpoint: MakeCheckpoint) -> None:
+    seen: list[int] = []
+    spec = read_spec(checkpoint(family="llama"), block_tokens=BLOCK_TOKENS)
+    engine = await TorchEngine.load(
+        spec, low_priority=True, on_progress=lambda share, what: seen.append(os.sched_getscheduler(0))
+    )
+    await engine.close()
+    assert set(seen) == {os.SCHED_OTHER}
 
 
 async def test_loading_reports_its_progress(checkpoint: MakeCheckpoint) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -26,6 +24,7 @@ from kvasir.engine.torch.kernels import BatchLayout, KvLayout, Ops, load_ops
 from kvasir.engine.torch.kv import KvAccess, in_place_kv
 from kvasir.engine.torch.lean import LeanModel, Progress, SampleRows, is_lean
 from kvasir.engine.torch.place import place
+from kvasir.engine.torch.priority import go_idle, name_threads
 from kvasir.engine.torch.sampling import Draw, Sampler
 
 
@@ -39,8 +38,9 @@ class Model(Protocol):
 class TorchEngine:
     """`Engine` for decoder-only checkpoints. The constructor loads the model and blocks; `load` does not.
 
-    Everything is computed in one thread of the engine's own. With `low_priority` that thread, and the OpenMP workers that it
-    starts, run at SCHED_IDLE: they take what the machine's other work leaves (for prefill beside decode on the same cores).
+    Everything is computed in one thread of the engine's own. With `low_priority` that thread, and the workers that it starts,
+    run at SCHED_IDLE once the model is there: they take what the machine's other work leaves (for prefill beside decode on
+    the same cores).
     `on_progress` is called from that thread. Raises ModelError for a checkpoint that cannot be served right.
     """
 
@@ -70,9 +70,11 @@ class TorchEngine:
         self._sampler = Sampler()
         self._kv: KvAccess | None = None
         self._num_slots = 0
-        self._thread = ThreadPoolExecutor(1, "engine", initializer=_be_idle if low_priority else None)
+        self._thread = ThreadPoolExecutor(1, "engine", initializer=name_threads if low_priority else None)
         try:
             self._model: Model | None = self._thread.submit(self._load, on_progress).result()
+            if low_priority:
+                self._thread.submit(go_idle).result()
         except BaseException:
             self._thread.shutdown(wait=False)
             raise
@@ -193,8 +195,3 @@ def _layout(spec: ModelSpec) -> KvLayout:
         return KvLayout(shape.num_layers, shape.num_kv_heads, shape.head_dim, spec.block_tokens, DTYPES[spec.dtype])
     except ValueError as error:
         raise ModelError(f"model {spec.path}: {error}") from None
-
-
-def _be_idle() -> None:
-    """Give this thread, and the threads it will start, only the time that nothing else wants (Linux)."""
-    os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
