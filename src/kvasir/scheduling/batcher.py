@@ -221,7 +221,7 @@ class Batcher:
         by_id = {seq.id: seq for seq in (*due, *self._leaving)}
         for request_id in finished:
             seq = self._queues.get(request_id)
-            if seq is not None and seq.ticket:
+            if seq is not None and seq.due:
                 by_id[request_id] = seq
         self._leaving = []
         for seq in by_id.values():
@@ -275,11 +275,11 @@ class Batcher:
             self._queues.place(seq)
 
     def _cancel(self, seq: Sequence, commands: list[BatcherCommand]) -> None:
-        if not seq.in_flight and not seq.ticket:
+        if not seq.in_flight and not seq.due:
             commands.append(Release(seq.id, self._leave(seq)))
         elif not seq.is_cancelled:  # the engine may still write its pages: release after the step
             seq.is_cancelled = True
-            if seq.ticket:
+            if seq.due:
                 self._leaving.append(seq)
 
     # --- what follows ---

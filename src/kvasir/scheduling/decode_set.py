@@ -8,17 +8,6 @@ from kvasir.core.batcher_commands import Chunk
 from kvasir.scheduling.sequence import Sequence, rank_of
 
 
-class _Due:
-    """Member `seq` is due when so many `passes` are made; void when it has another ticket."""
-
-    __slots__ = ("passes", "seq", "ticket")
-
-    def __init__(self, passes: int, seq: Sequence):
-        self.passes = passes
-        self.seq = seq
-        self.ticket = seq.ticket
-
-
 class DecodeSet:
     """Every member computes one token in every pass, so a member's tokens are the passes made and a constant.
 
@@ -26,15 +15,14 @@ class DecodeSet:
     must be asked for. Who is due must leave or be scheduled again. Members have the page of their next token.
     """
 
-    __slots__ = ("_ahead_tokens", "_block_tokens", "_passes", "_schedule", "_tickets", "context_tokens", "growth", "members")
+    __slots__ = ("_ahead_tokens", "_block_tokens", "_passes", "_schedule", "context_tokens", "growth", "members")
 
     def __init__(self, block_tokens: int, ahead_tokens: int):
         self._block_tokens = block_tokens
         self._ahead_tokens = ahead_tokens
         self.members: dict[str, Sequence] = {}
         self._passes = 0
-        self._tickets = 0
-        self._schedule: list[_Due] = []  # who is due first is at the end, of several the least ticket
+        self._schedule: list[Sequence] = []  # who is due first is at the end, of several who was scheduled first
         self.context_tokens = 0
         """Tokens read by the next pass: for each member those computed and the one that it computes."""
         self.growth = 0
@@ -60,10 +48,17 @@ class DecodeSet:
 
     def remove(self, seq: Sequence) -> None:
         del self.members[seq.id]
+        schedule, due = self._schedule, seq.due
+        place = self._place(due)
+        while place < len(schedule) and schedule[place].due == due:
+            if schedule[place] is seq:
+                del schedule[place]
+                break
+            place += 1
         self.settle(seq)
         self.context_tokens -= seq.num_tokens
         self.growth -= seq.growth
-        seq.growth = seq.ticket = 0
+        seq.growth = seq.due = 0
 
     def settle(self, seq: Sequence) -> None:
         """Let the member itself say how far it is."""
@@ -76,11 +71,10 @@ class DecodeSet:
         self.context_tokens += passes * len(self.members)
         due: list[Sequence] = []
         schedule, made = self._schedule, self._passes
-        while schedule and schedule[-1].passes <= made:
-            first = schedule.pop()
-            if first.seq.ticket == first.ticket:
-                self.settle(first.seq)
-                due.append(first.seq)
+        while schedule and schedule[-1].due <= made:
+            seq = schedule.pop()
+            self.settle(seq)
+            due.append(seq)
         return due
 
     def schedule(self, seq: Sequence) -> None:
@@ -94,24 +88,21 @@ class DecodeSet:
         passes = min(block_tokens - computed % block_tokens, end - computed)
         if reach < end:
             passes = min(passes, block_tokens - (computed + ahead) % block_tokens)
-        self._tickets += 1
-        seq.ticket = self._tickets
-        self._plan(_Due(self._passes + passes, seq))
+        seq.due = due = self._passes + passes
+        self._schedule.insert(self._place(due), seq)
 
-    def _plan(self, due: _Due) -> None:
+    def _place(self, due: int) -> int:
+        """The first place in the schedule of who is due then or before."""
         schedule = self._schedule
         low, high = 0, len(schedule)
         while low < high:
             middle = (low + high) >> 1
-            if schedule[middle].passes > due.passes:
+            if schedule[middle].due > due:
                 low = middle + 1
             else:
                 high = middle
-        schedule.insert(low, due)
+        return low
 
     def passes_until_due(self) -> int:
         """Passes to make until somebody is due. The set must not be empty."""
-        schedule = self._schedule
-        while schedule[-1].ticket != schedule[-1].seq.ticket:
-            schedule.pop()
-        return schedule[-1].passes - self._passes
+        return self._schedule[-1].due - self._passes

@@ -112,7 +112,7 @@ class Queues:
         return min(running or self.ready[:1] + self.waiting[:1], key=rank_of)
 
     def _take_out(self, seq: Sequence) -> None:
-        if seq.ticket:
+        if seq.due:
             self.decodes.remove(seq)
         elif (home := seq.home) is not None:
             del home[0 if home[0] is seq else bisect_left(home, seq.rank, key=rank_of)]

@@ -24,6 +24,7 @@ class Sequence:
 
     __slots__ = (
         "available",
+        "due",
         "end",
         "growth",
         "hand_off",
@@ -42,7 +43,6 @@ class Sequence:
         "pages",
         "rank",
         "share",
-        "ticket",
     )
 
     def __init__(
@@ -77,8 +77,8 @@ class Sequence:
         self.is_cancelled = False
         self.home: list[Sequence] | None = None
         """The queue that it is in."""
-        self.ticket = 0
-        """Its place in a DecodeSet's schedule; 0 outside."""
+        self.due = 0
+        """When it is due in a DecodeSet, in passes of that; 0 outside."""
         self.offset = 0
         """Tokens computed, less passes made: constant while in a DecodeSet."""
         self.growth = 0
