@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from heapq import heappop, heappush
+from operator import attrgetter
 from typing import Any, Final
+
+from mypy_extensions import mypyc_attr
 
 Call = Callable[[Any], None]
 
-MOST: Final = 512
-"""What a part of an agenda holds: to insert into one moves half of it, to look for one takes a few steps each."""
+_time: Final = attrgetter("time_s")
 
 
+@mypyc_attr(acyclic=True)
 class Planned:
     """What will happen at `time_s`, which the agenda sets. A subclass says what; what happens most has one of its own."""
 
@@ -23,6 +27,7 @@ class Planned:
         raise NotImplementedError
 
 
+@mypyc_attr(acyclic=True)
 class _Called(Planned):
     __slots__ = ("argument", "call")
 
@@ -38,22 +43,24 @@ class _Called(Planned):
 class Agenda:
     """Calls in order. `now` is the time of the call that runs; nothing can be planned for the past.
 
-    What is planned is a list kept in order, the next thing at its end: a few dozen for a few instances. Of a thousand
-    instances it would be thousands, which an insertion moves: then it is cut, and what comes later lies in `_later`, in parts
-    of at most `most`, each in order, the next part at the end.
+    What comes in the present span of time, the `_span`th, is a list kept in order, the next thing at its end. What comes
+    later lies by span, as it was planned, and is put in order when that begins: of thousands of things, planned each for
+    another instance, an insertion looks at a few, and those it has looked at before. `span_s` should have some dozens of them.
     """
 
-    __slots__ = ("_is_stopped", "_later", "_most", "_planned", "now")
+    __slots__ = ("_is_stopped", "_later", "_planned", "_span", "_span_s", "_spans", "now")
 
-    def __init__(self, most: int = MOST) -> None:
-        self._most = most
+    def __init__(self, span_s: float = 1.0) -> None:
+        self._span_s = span_s
+        self._span = 0
         self._planned: list[Planned] = []
-        self._later: list[list[Planned]] = []
+        self._later: dict[int, list[Planned]] = {}
+        self._spans: list[int] = []  # of `_later`, a heap
         self._is_stopped = False
         self.now = 0.0
 
     def __len__(self) -> int:
-        return len(self._planned) + sum(map(len, self._later))
+        return len(self._planned) + sum(map(len, self._later.values()))
 
     def at(self, time_s: float, call: Call, argument: Any = None) -> None:
         """Call `call(argument)` at `time_s`. What is planned cannot be taken back: the callee must know that it is void."""
@@ -64,11 +71,16 @@ class Agenda:
         if time_s < self.now:
             time_s = self.now
         what.time_s = time_s
-        later = self._later
-        part = len(later)
-        while part and later[part - 1][-1].time_s <= time_s:
-            part -= 1
-        planned = later[part] if part < len(later) else self._planned
+        span = int(time_s / self._span_s)
+        if span > self._span:
+            later = self._later.get(span)
+            if later is None:
+                self._later[span] = [what]
+                heappush(self._spans, span)
+            else:
+                later.append(what)
+            return
+        planned = self._planned
         low, high = 0, len(planned)
         while low < high:
             middle = (low + high) >> 1
@@ -77,9 +89,6 @@ class Agenda:
             else:
                 high = middle
         planned.insert(low, what)
-        if len(planned) > self._most:
-            later.insert(part, planned[: self._most // 2])
-            del planned[: self._most // 2]
 
     def soon(self, call: Call, argument: Any = None) -> None:
         """At the present time, after all that is planned for it already."""
@@ -87,11 +96,18 @@ class Agenda:
 
     def step(self) -> None:
         """Let the next thing happen."""
-        if not self._planned and self._later:
-            self._planned = self._later.pop()
+        if not self._planned and self._spans:
+            self._begin_span()
         planned = self._planned.pop()
         self.now = planned.time_s
         planned.happen()
+
+    def _begin_span(self) -> None:
+        self._span = span = heappop(self._spans)
+        planned = self._later.pop(span)
+        planned.reverse()
+        planned.sort(key=_time, reverse=True)  # of one time, what was planned last stays first
+        self._planned = planned
 
     def run(self) -> None:
         """Let things happen, one after the other, until somebody says `stop` (or nothing is planned: IndexError)."""
@@ -102,3 +118,7 @@ class Agenda:
     def stop(self) -> None:
         """What happens now is the last."""
         self._is_stopped = True
+
+    def forget(self) -> None:
+        """Nothing that is planned will happen: let go of it, and of whom it refers to."""
+        self._planned, self._later, self._spans = [], {}, []

@@ -39,6 +39,8 @@ from kvasir.simulator.spec import ClusterSpec, InstanceSpec, MemoryKind
 from kvasir.workload.trace import Trace
 
 TICK_S = 1.0
+SPAN_S = 8.0
+"""Spans of the agenda, by the number of instances: a few dozen things happen in each."""
 NUM_REPORTS = 100
 """How often `on_progress` hears of a run, at most; never more than once a second of it."""
 
@@ -68,7 +70,7 @@ class Simulation:
         self._seed = seed
         self._config = config = config if config is not None else SimConfig()
         self._on_progress = on_progress
-        self._agenda = Agenda()
+        self._agenda = Agenda(SPAN_S / len(cluster.instances))
         self._network = Network(self._agenda)
         self._records = RecordBook(trace, self._agenda.stop)
         self._hot = HotBlocks(config.num_hot if config.sample_s else 0)
@@ -112,7 +114,10 @@ class Simulation:
             agenda.at(agenda.now, self._beat)
             if self._config.sample_s:
                 agenda.at(agenda.now, self._sample)
-            agenda.run()
+            try:
+                agenda.run()
+            finally:
+                agenda.forget()
         return self._result()
 
     def check(self) -> None:
