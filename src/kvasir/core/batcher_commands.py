@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from mypy_extensions import mypyc_attr
 
+
+@mypyc_attr(acyclic=True)
 class BatcherCommand:
     """Something that an instance's body must carry out; not changed after it was said."""
 
@@ -22,6 +25,7 @@ class BatcherCommand:
         return f"{type(self).__name__}{self.parts()}"
 
 
+@mypyc_attr(acyclic=True)
 class Chunk(BatcherCommand):
     """Tokens [start, start + length) of a sequence, to be computed in one step; `pages` cover them and all before.
 
@@ -43,6 +47,7 @@ class Chunk(BatcherCommand):
         return self.request_id, self.start, self.length, self.pages, self.samples, self.share
 
 
+@mypyc_attr(acyclic=True)
 class Step(BatcherCommand):
     """One forward pass: prefill `chunks`, and one token for each of `batch` decoding sequences.
 
@@ -63,6 +68,7 @@ class Step(BatcherCommand):
         return self.chunks, self.batch, self.context_tokens, self.repeats
 
 
+@mypyc_attr(acyclic=True)
 class Publish(BatcherCommand):
     """Blocks `first`, `first` + 1 ... of a sequence are complete in these pages: make them readable under their keys."""
 
@@ -77,6 +83,7 @@ class Publish(BatcherCommand):
         return self.request_id, self.first, self.pages
 
 
+@mypyc_attr(acyclic=True)
 class NeedPages(BatcherCommand):
     """Ask the pool for `count` pages; the answer is PagesGranted."""
 
@@ -89,6 +96,7 @@ class NeedPages(BatcherCommand):
         return (self.count,)
 
 
+@mypyc_attr(acyclic=True)
 class ReturnPages(BatcherCommand):
     """Give unused pages back to the pool."""
 
@@ -101,6 +109,7 @@ class ReturnPages(BatcherCommand):
         return (self.pages,)
 
 
+@mypyc_attr(acyclic=True)
 class Leaves(BatcherCommand):
     """The sequence is with the Batcher no more; `pages` are its private ones that the Batcher does not keep."""
 
@@ -114,18 +123,21 @@ class Leaves(BatcherCommand):
         return self.request_id, self.pages
 
 
+@mypyc_attr(acyclic=True)
 class HandOff(Leaves):
     """Its prefill is complete: give its lease, with the `pages` of its tail, to whoever decodes."""
 
     __slots__ = ()
 
 
+@mypyc_attr(acyclic=True)
 class Release(Leaves):
     """It is over: release its lease; its `pages` go back to the pool."""
 
     __slots__ = ()
 
 
+@mypyc_attr(acyclic=True)
 class Preempt(Leaves):
     """No page is left: release its lease and `pages` and submit it again, to be recomputed.
 
@@ -135,6 +147,7 @@ class Preempt(Leaves):
     __slots__ = ()
 
 
+@mypyc_attr(acyclic=True)
 class Starved(Leaves):
     """The pool had no page for it for `waited_s`: release its lease and `pages`, report Failed."""
 

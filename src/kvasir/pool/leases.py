@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from mypy_extensions import mypyc_attr
+
 from kvasir.pool.eviction import Block
 from kvasir.pool.slots import SlotTable
 
@@ -21,6 +23,7 @@ class Owner:
     leases: dict[str, None] = field(default_factory=dict)
 
 
+@mypyc_attr(acyclic=True)
 class Lease:
     """Slot i of `slots` holds block i. `owner` is None while the lease is on offer, until `deadline_s`.
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, assert_never
 
 from msgspec.structs import replace
+from mypy_extensions import mypyc_attr
 
 from kvasir.core.errors import InvariantError
 from kvasir.core.keys import BlockKey
@@ -67,7 +68,7 @@ from kvasir.pool.leases import Lease, Load, Owner, ledger_problems
 from kvasir.pool.retention import Retention
 from kvasir.pool.slots import SlotTable
 from kvasir.pool.ssd import SsdTier
-from kvasir.pool.story import Story
+from kvasir.pool.story import STORY_LENGTH, Story
 
 MAX_SPILLING = 32
 """Blocks on their way to the SSD at a time: with blocks of some MiB, enough to keep it busy and little to hold back."""
@@ -90,6 +91,7 @@ class Counters:
     evictions: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
 
+@mypyc_attr(acyclic=True)
 class Put:
     """The first of some blocks are under a lease now, in these `slots`. To others is to be said, in this order, `before`, that
     those under the keys `stored` can be read, and `after`.
@@ -105,7 +107,8 @@ class Put:
 
 
 class PoolNode:
-    """Takes events of core/pool_events.py and answers. Without `ssd_slots` there is no SSD.
+    """Takes events of core/pool_events.py and answers. Without `ssd_slots` there is no SSD. The last `story_length` events are
+    told with a broken invariant.
 
     With `low_free`, a PoolTick that finds fewer slots free evicts up to `high_free` ahead of need, if the SSD has them too.
     """
@@ -120,6 +123,7 @@ class PoolNode:
         max_spilling: int = MAX_SPILLING,
         low_free: int = 0,
         high_free: int = 0,
+        story_length: int = STORY_LENGTH,
     ):
         self.num_slots = num_slots
         self._slots = SlotTable(num_slots, eviction if eviction is not None else Lru())
@@ -131,7 +135,7 @@ class PoolNode:
         self._owners: dict[str, Owner] = {}
         self._leases: dict[str, Lease] = {}
         self._offers: dict[str, None] = {}
-        self._story = Story()
+        self._story = Story(story_length)
         self._counters = Counters()
         self._low_free, self._high_free = low_free, max(low_free, high_free)
         self._retention: Retention | None = None

@@ -9,17 +9,20 @@ STORY_LENGTH: Final = 64
 
 
 class Story:
-    """Iterates over (time in seconds, event), the oldest first. A ring, for one is told with every event."""
+    """Iterates over (time in seconds, event), the oldest first, at most `length`. A ring, for one is told with every event."""
 
-    __slots__ = ("_events", "_num_told", "_times_s")
+    __slots__ = ("_events", "_length", "_num_told", "_times_s")
 
-    def __init__(self) -> None:
+    def __init__(self, length: int = STORY_LENGTH) -> None:
+        self._length = length
         self._num_told = 0
         self._times_s: list[float] = []
         self._events: list[object] = []
 
     def tell(self, now: float, event: object) -> None:
-        place = self._num_told % STORY_LENGTH
+        if not self._length:
+            return
+        place = self._num_told % self._length
         self._num_told += 1
         if place == len(self._events):
             self._times_s.append(now)
@@ -29,5 +32,5 @@ class Story:
 
     def __iter__(self) -> Iterator[tuple[float, object]]:
         told = list(zip(self._times_s, self._events, strict=True))
-        oldest = self._num_told % STORY_LENGTH if len(told) == STORY_LENGTH else 0
+        oldest = self._num_told % self._length if len(told) == self._length else 0
         return iter(told[oldest:] + told[:oldest])

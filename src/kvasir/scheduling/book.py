@@ -7,9 +7,12 @@ from bisect import bisect_left, bisect_right, insort
 from operator import attrgetter
 from typing import Final
 
+from mypy_extensions import mypyc_attr
+
 from kvasir.core.errors import InvariantError
 
 
+@mypyc_attr(acyclic=True)
 class Entry:
     """A prefill sent: predicted seconds, new tokens, its place in the queue (`rank`, ties by `number`), when it is due."""
 

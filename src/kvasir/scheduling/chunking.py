@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mypy_extensions import mypyc_attr
+
 from kvasir.core.errors import ConfigError
 from kvasir.costs.quick import QuickCosts
 
@@ -49,6 +51,7 @@ class BatcherConfig:
                 raise ConfigError(f"{name}: got {value}, expected at least {least}")
 
 
+@mypyc_attr(acyclic=True)
 class ChunkBudget:
     """The prefill that one step can still take."""
 

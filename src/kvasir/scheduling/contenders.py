@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
+from mypy_extensions import mypyc_attr
+
 from kvasir.core.errors import InvariantError
 from kvasir.pool.match import PrefixMatch, bits_of
 from kvasir.scheduling.instance import Instance
@@ -64,6 +66,7 @@ class Group:
         self.is_stale = False
 
 
+@mypyc_attr(acyclic=True)
 class Prefix:
     """A prefix that some nodes have: computing the rest takes `local_s` alone. A fetch, by whoever has no longer one, does not
     let the prefill behind it begin before `fetched_s`. `holders` are, by group, those who have it, as bits by place.

@@ -8,6 +8,7 @@ from typing import Final
 
 import numpy as np
 from msgspec.structs import replace
+from mypy_extensions import mypyc_attr
 
 from kvasir.core.commands import Candidate
 from kvasir.scheduling.view import DecodeColumns, DecodeView, Floats
@@ -16,6 +17,7 @@ FULL: Final = 0.85
 """Instances that only decode are filled up to this as long as others can take the rest: what is left takes a burst."""
 
 
+@mypyc_attr(acyclic=True)
 class DecodeChoice:
     """`tbt_s` is the predicted step time of the batch with the request in it.
 

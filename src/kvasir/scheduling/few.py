@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable
 from typing import Final
 
+from mypy_extensions import mypyc_attr
+
 from kvasir.core.commands import Candidate
 from kvasir.costs.quick import QuickCosts
 from kvasir.pool.match import PrefixMatch
@@ -28,6 +30,7 @@ NEVER_S: Final = math.inf
 NOTHING: Final = PrefixMatch((), (), ())
 
 
+@mypyc_attr(acyclic=True)
 class Prefiller:
     """An instance that can prefill, the `row`th, for one prompt: free in `wait_s`, for a share `pace` of its time.
 
@@ -214,6 +217,7 @@ class FewView:
         return staged(self, group, wait_s=wait_s, pace=pace)
 
 
+@mypyc_attr(acyclic=True)
 class Expected:
     """What an instance decodes at some time: its batch, the context tokens of that, and the KV tokens that are free then."""
 

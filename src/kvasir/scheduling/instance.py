@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mypy_extensions import mypyc_attr
+
 from kvasir.core.events import InstanceInfo
 from kvasir.scheduling.book import PrefillBook
 
 
+@mypyc_attr(acyclic=True)
 class Seat:
     """A place in a decode batch: context that will be read each step, KV that will be held, and from when to when.
 
@@ -28,6 +31,7 @@ class Seat:
         self.joins_s, self.leaves_s, self.is_taken = now, now + self.stays_s, True
 
 
+@mypyc_attr(acyclic=True)
 class Taken:
     """Those of an instance's seats whose requests decode now."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from mypy_extensions import mypyc_attr
+
 from kvasir.core.request import Request
 
 
@@ -15,6 +17,7 @@ class State(StrEnum):
     DECODING = "decoding"
 
 
+@mypyc_attr(acyclic=True)
 class Placed:
     """`decode` is None while its decode instance is lost and the prefill not done: the next is chosen then.
 

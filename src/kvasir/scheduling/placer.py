@@ -9,6 +9,7 @@ from random import Random
 from typing import Final
 
 from msgspec import structs
+from mypy_extensions import mypyc_attr
 
 from kvasir.core.commands import Candidate, Decision
 from kvasir.core.request import Request, Slo
@@ -50,6 +51,7 @@ class Rules:
     rank: Rank = first_come
 
 
+@mypyc_attr(acyclic=True)
 class Proposal:
     """Where a request would go, at which place in the queue, or, with a `refusal`, why it should not be started.
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 
+from mypy_extensions import mypyc_attr
+
 from kvasir.core.commands import Candidate
 from kvasir.core.request import Request
 from kvasir.scheduling.decode_choice import DecodeChoice
 
 
+@mypyc_attr(acyclic=True)
 class Outlook:
     """A decode instance's batch and the sum of its contexts: those decoding now, and those expected at hand-off time."""
 
@@ -21,6 +24,7 @@ class Outlook:
         self.context_then = context_then
 
 
+@mypyc_attr(acyclic=True)
 class Plan:
     """What would be done with the request. `ttft_s` counts from its arrival at the gateway.
 
@@ -50,6 +54,7 @@ class Plan:
         self.ttft_s = ttft_s
 
 
+@mypyc_attr(acyclic=True)
 class Refusal:
     """Why not, for the client: `code` for machines, `message` for people, and when it is worth trying again."""
 

@@ -65,4 +65,5 @@ def pool(strategy: Strategy, cluster: ClusterSpec, node: NodeSpec) -> PoolNode:
         make(seconds),
         ssd_slots=node.ssd_tokens // cluster.block_tokens,
         ssd_eviction=make(seconds) if node.ssd_tokens else None,
+        story_length=0,  # a run can be repeated; what thousands of nodes remember takes time
     )

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from mypy_extensions import mypyc_attr
+
 TAIL_PER_CENT: Final = 10
 """TBT of a request is the mean of its longest tenth of gaps: report/timeline.py has the definition for single tokens."""
 
@@ -18,6 +20,7 @@ MANY: Final = 1024
 """Entries of a log beyond which old ones are dropped: a long simulation has millions."""
 
 
+@mypyc_attr(acyclic=True)
 class Gaps:
     """`count` gaps of `seconds` each. Never changed: the sequences that decode together share them."""
 

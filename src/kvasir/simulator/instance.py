@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from typing import Final
 
+from mypy_extensions import mypyc_attr
+
 from kvasir.core.batcher_commands import (
     BatcherCommand,
     HandOff,
@@ -470,6 +472,7 @@ class SimInstance:
             self._told.append(seq)
 
 
+@mypyc_attr(acyclic=True)
 class _StepEnd(Planned):
     __slots__ = ("instance", "number")
 

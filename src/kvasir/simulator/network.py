@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable
 from typing import Final
 
+from mypy_extensions import mypyc_attr
+
 from kvasir.simulator.agenda import Agenda, Planned
 
 NEVER_S: Final = math.inf
@@ -187,6 +189,7 @@ class Network:
         self._share(first, last)
 
 
+@mypyc_attr(acyclic=True)
 class _Sent(Planned):
     __slots__ = ("flow", "network", "version")
 
@@ -200,6 +203,7 @@ class _Sent(Planned):
         self.network.sent(self.flow, self.version)
 
 
+@mypyc_attr(acyclic=True)
 class _Arrived(_Sent):
     __slots__ = ()
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Final
 
+from mypy_extensions import mypyc_attr
+
 from kvasir.core.commands import Candidate
 
 NUM_RECORDED: Final = 3
 """How many candidates a decision records: the chosen one and the next best."""
 
 
+@mypyc_attr(acyclic=True)
 class Choice:
     """`candidates` begin with the `chosen` one; `why` finishes the sentence "prefill on p3 by ...".
 
