@@ -1,7 +1,11 @@
 """Tiny clusters whose every second can be worked out by hand."""
 
-import pytest
+from typing import Any
 
+import pytest
+from msgspec.structs import replace
+
+from kvasir.core.errors import ConfigError
 from kvasir.core.request import Role
 from kvasir.simulator import SimConfig
 from kvasir.simulator.spec import MemoryKind
@@ -55,6 +59,39 @@ def test_a_hand_off_on_one_node_takes_no_time(memory: MemoryKind) -> None:
     run = play(trace((0.0, 250, 3, (1, 2, 3))), cluster([P, D], costs=FLAT, same_node=True, memory=memory))
     assert run.records.end_s[0] == pytest.approx(0.25 + 2 * 0.02)
     assert run.counters["flows"] == 0
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize(("same_node", "bytes_s"), [(True, 0.0), (False, 0.025)])
+def test_a_hand_off_takes_its_messages_too(memory: MemoryKind, same_node: bool, bytes_s: float) -> None:
+    spec = replace(cluster([P, D], costs=FLAT, same_node=same_node, memory=memory), hand_off_s=0.007)
+    run = play(trace((0.0, 250, 3, (1, 2, 3))), spec, config=NO_OVERLAP)
+    assert run.records.ttft_s[0] == pytest.approx(0.25)
+    assert run.records.end_s[0] == pytest.approx(0.25 + bytes_s + 0.007 + 2 * 0.02)
+
+
+def test_noise_makes_steps_longer_and_shorter() -> None:
+    requests, spec = trace((0.0, 250, 11, (1, 2, 3))), cluster([M])
+    expected = play(requests, spec).records
+    twice = play(requests, replace(spec, step_noise=(2.0,))).records
+    assert twice.ttft_s[0] == pytest.approx(2 * expected.ttft_s[0])
+    assert twice.end_s[0] == pytest.approx(2 * expected.end_s[0])
+    noisy = replace(spec, step_noise=(0.5, 1.0, 1.5))
+    ends = [play(requests, noisy, seed=seed, config=SimConfig(max_repeats=1)).records.end_s[0] for seed in (0, 0, 1)]
+    assert ends[0] == ends[1] != ends[2]
+    assert 0.5 * expected.end_s[0] < ends[0] < 1.5 * expected.end_s[0]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"hand_off_s": -0.1}, "cluster tiny: hand_off_s: got -0.1, expected 0 or more"),
+        ({"step_noise": (1.0, 0.0)}, r"cluster tiny: step_noise: got \(1.0, 0.0\), expected numbers above 0"),
+    ],
+)
+def test_no_cluster_has_such_steps(bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        play(trace((0.0, 250, 3, (1, 2, 3))), replace(cluster([M]), **bad))
 
 
 def test_a_shared_memory_hand_off_between_nodes_copies_the_blocks() -> None:

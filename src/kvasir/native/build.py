@@ -18,7 +18,8 @@ MODULES = {
     " many placed placer plan queues ranks replication roles sequence step_former",
     "scheduling/policies": "best choice dynamo kvasir mooncake",
     "store/messenger": "fair_queue spans tcp_channel tcp_path tcp_server tcp_transfer tcp_wire",
-    "simulator": "agenda cores decoding gaps hot hub instance jobs listener memory network node prompts record_book simulation",
+    "simulator": "agenda cores decoding gaps hot hub instance jobs listener memory network node noise prompts record_book"
+    " simulation",
 }
 """What runs for every request. It must not define Structs, which mypyc does not know, nor what goes to other processes."""
 

@@ -48,6 +48,7 @@ class SimHub(Listener):
         num_layers: int,
         layerwise: bool,
         early: bool,
+        hand_off_s: float,
         records: RecordBook,
         hot: HotBlocks,
         decisions: list[Decision] | None,
@@ -70,6 +71,7 @@ class SimHub(Listener):
         self._num_layers = num_layers
         self._layerwise = layerwise
         self._early = early
+        self._hand_off_s = hand_off_s
         self._records = records
         self._hot = hot
         self._decisions = decisions
@@ -392,6 +394,12 @@ class SimHub(Listener):
         if source is not None and source is not seq.instance.node:
             source.close(attempt.name)
             attempt.offered = None
+        if self._hand_off_s:
+            self._agenda.at(self._agenda.now + self._hand_off_s, self._take_over, seq)
+        else:
+            seq.instance.submit(seq)
+
+    def _take_over(self, seq: Seq) -> None:
         seq.instance.submit(seq)
 
     # --- ends --------------------------------------------------------------------------------------------------

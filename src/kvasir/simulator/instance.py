@@ -36,6 +36,7 @@ from kvasir.simulator.jobs import Seq
 from kvasir.simulator.listener import Listener
 from kvasir.simulator.memory import Memory
 from kvasir.simulator.node import SimNode
+from kvasir.simulator.noise import Noise
 
 OFFER_S: Final = 30.0
 """How long a handed-off prompt waits in the pool for the instance that decodes it, as live."""
@@ -57,8 +58,12 @@ class SimInstance:
         block_tokens: int,
         max_gap_s: float,
         cores: Cores | None = None,
+        noise: Noise | None = None,
     ):
-        """`cores`: what it computes on together with the other instances of its node; None where it has its own device."""
+        """`cores`: what it computes on together with the other instances of its node; None where it has its own device.
+
+        With `noise` no step takes exactly what it costs.
+        """
         self.info = info
         self.id: str = info.id
         self.epoch: int = info.epoch
@@ -77,6 +82,7 @@ class SimInstance:
         self._block_tokens = block_tokens
         self._max_gap_s = max_gap_s
         self._cores = cores
+        self._noise = noise
         self._is_low = info.role is Role.PREFILL  # for good: a process keeps its priority when its role changes
         self._pauses = False
         self._resumes_s = 0.0
@@ -378,6 +384,11 @@ class SimInstance:
             else:
                 self._growth_s = 0.0
             seconds += pass_s
+        if self._noise is not None:
+            factor = self._noise.draw()
+            seconds *= factor
+            if batch:
+                self._growth_s *= factor
         self._first_s = seconds
         if self._cores is None:
             passes = self._passes

@@ -31,6 +31,7 @@ from kvasir.simulator.jobs import Job
 from kvasir.simulator.memory import DeviceMemory, Memory, SharedMemory
 from kvasir.simulator.network import Network
 from kvasir.simulator.node import SimNode
+from kvasir.simulator.noise import Noise
 from kvasir.simulator.prompts import PromptKeys
 from kvasir.simulator.record_book import RecordBook
 from kvasir.simulator.recorder import RoleClock, Sampler
@@ -92,6 +93,7 @@ class Simulation:
             self.hub.nodes[node.id] = SimNode(
                 node, make_pool, block_bytes=block_bytes, agenda=self._agenda, network=self._network, listener=self.hub
             )
+        self._noise = Noise(cluster.step_noise, seed) if cluster.step_noise else None
         self._cores: dict[str, Cores] = {}
         if cluster.low_share is not None and cluster.low_share < 1.0:
             shares = cluster.low_share, cluster.normal_share
@@ -152,6 +154,7 @@ class Simulation:
             num_layers=cluster.num_layers,
             layerwise=config.layerwise,
             early=cluster.memory is MemoryKind.DEVICE,
+            hand_off_s=cluster.hand_off_s,
             records=self._records,
             hot=self._hot,
             decisions=self._decisions,
@@ -178,6 +181,7 @@ class Simulation:
             block_tokens=cluster.block_tokens,
             max_gap_s=self._slo.tbt_s / 2,
             cores=self._cores.get(info.node),
+            noise=self._noise,
         )
         self.hub.instances[info.id] = instance
         self._roles.enter(instance, self._agenda.now)
@@ -301,6 +305,10 @@ def check_cluster(cluster: ClusterSpec) -> None:
             raise ConfigError(f"instance {instance.id}: got node {instance.node!r}, expected one of {', '.join(sorted(nodes))}")
         if instance.kv_tokens < 2 * cluster.block_tokens:
             raise ConfigError(f"instance {instance.id}: kv_tokens: got {instance.kv_tokens}, expected at least two blocks")
+    if not 0 <= cluster.hand_off_s < math.inf:
+        raise ConfigError(f"cluster {cluster.name}: hand_off_s: got {cluster.hand_off_s}, expected 0 or more")
+    if not all(0 < factor < math.inf for factor in cluster.step_noise):
+        raise ConfigError(f"cluster {cluster.name}: step_noise: got {cluster.step_noise}, expected numbers above 0")
     for node in cluster.nodes:
         if node.network_bandwidth <= 0:
             raise ConfigError(f"node {node.id}: network_bandwidth: got {node.network_bandwidth}, expected more than 0")

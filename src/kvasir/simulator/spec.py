@@ -51,6 +51,8 @@ class ClusterSpec(Struct, frozen=True):
     With a `low_share` the instances of a node compute on the same cores, prefill instances at low priority: this is their
     share of the cores while another instance of the node computes (`simulator/cores.py`); 1 if they do not disturb each other.
     The other then has `normal_share` of its undisturbed speed.
+    A hand-off takes `hand_off_s` after its last byte, for messages. A step takes as many times as long as it costs as one of
+    `step_noise` says, drawn anew for each; without any, what it costs.
     """
 
     name: str
@@ -65,3 +67,5 @@ class ClusterSpec(Struct, frozen=True):
     report_delay_s: float = 0.0
     low_share: float | None = None
     normal_share: float = 1.0
+    hand_off_s: float = 0.0
+    step_noise: tuple[float, ...] = ()
