@@ -3,9 +3,9 @@
     python -m benchmarks.fidelity --json benchmarks/results/fidelity.json --markdown docs/results/fidelity.md
 
 Profiles the engine, serves a slice of the trace with 1 prefill + 1 decode instance and with 1 mixed one, and simulates both
-from the profile and the true arrival times. The profile is of the engine alone; what the rest of the service adds to a
-step and to a first token is measured before the load: on lone requests, on some at a time, and on prompts beside a stream,
-which also say what prefill and decode on the same cores leave each other. Run it while nothing else runs.
+from the profile and the true arrival times. The profile is of the engine alone; what the rest of the service adds, and how
+fast it is at the moment, is measured by requests of its own before, between and after the parts of the load, since a
+virtual machine changes its speed within minutes. Run it while nothing else runs; it takes a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -21,16 +21,26 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from itertools import pairwise
+from operator import sub
 from pathlib import Path
-from random import Random
-from statistics import fmean, median
 from typing import TypeVar
 
+import httpx
 import msgspec
 import numpy as np
 
-from benchmarks.serving import System, running, stream, wait_ready
+from benchmarks.serving import System, running, wait_ready
+from benchmarks.speeds import (
+    BESIDE_PROMPT,
+    CROWD,
+    CROWD_OUTPUT,
+    LONE_OUTPUT,
+    LONE_PROMPT,
+    Lengths,
+    Speeds,
+    measure,
+    sample,
+)
 from kvasir.cli.costs import load_profile
 from kvasir.cli.replay.http import Server
 from kvasir.cli.replay.workload import Shape, load_trace, shaped
@@ -51,13 +61,11 @@ from kvasir.workload.trace import Trace
 Fit = TypeVar("Fit", PrefillFit, DecodeFit)
 
 PORT = 8203
+URL = f"http://127.0.0.1:{PORT}"
 LAYOUTS = {"1 prefill + 1 decode": (Role.PREFILL, Role.DECODE), "1 mixed": (Role.MIXED,)}
 STASH = 32
-LONE_PROMPT, LONE_OUTPUT, NUM_LONE = 256, 96, 9
-CROWD, CROWD_OUTPUT = 8, 384
-BESIDE_PROMPT, BESIDE_OUTPUT = 4096, 2048
-EDGE_S = 0.02
-"""Gaps this near to the ends of a prefill may be half beside it."""
+NUM_PARTS = 4
+"""Of the load."""
 HEARTBEAT_S = 0.5
 
 
@@ -70,84 +78,102 @@ class Load:
     speed: float
     scale_length: float
 
+    def parts(self) -> list[Part]:
+        """One after the other."""
+        times = [request.arrival_s for request in load_trace(self.trace).requests[: self.limit]]
+        bounds = [self.limit * i // NUM_PARTS for i in range(NUM_PARTS + 1)]
+        starts = [(times[i - 1] + times[i]) / 2 if i else 0.0 for i in bounds[:-1]]
+        return [Part(self, *part) for part in zip(starts, map(sub, bounds[1:], bounds), strict=True)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """`limit` requests from `start_s` of the trace on."""
+
+    load: Load
+    start_s: float
+    limit: int
+
     def flags(self) -> list[str]:
-        return [self.trace, "--limit", str(self.limit), "--speed", str(self.speed), "--scale-length", str(self.scale_length)]
+        load = self.load
+        scales = ["--speed", str(load.speed), "--scale-length", str(load.scale_length)]
+        return [load.trace, "--start", f"{self.start_s}s", "--limit", str(self.limit), *scales]
 
     def requests(self) -> Trace:
-        shape = Shape(limit=self.limit, speed=self.speed, scale_length=self.scale_length)
-        return shaped(load_trace(self.trace), shape)
+        load = self.load
+        shape = Shape(start_s=self.start_s, limit=self.limit, speed=load.speed, scale_length=load.scale_length)
+        return shaped(load_trace(load.trace), shape)
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Seconds by request, and output tokens a second from the first arrival to the last token."""
+    """Seconds by request; output tokens, and the seconds from the first arrival to the last of them."""
 
     ttft_s: np.ndarray
     tbt_s: np.ndarray
     gap_s: np.ndarray
-    tokens_per_s: float
+    tokens: int
+    seconds: float
+
+    @classmethod
+    def of_all(cls, parts: Sequence[Figures]) -> Figures:
+        return cls(
+            np.concatenate([part.ttft_s for part in parts]),
+            np.concatenate([part.tbt_s for part in parts]),
+            np.concatenate([part.gap_s for part in parts]),
+            sum(part.tokens for part in parts),
+            sum(part.seconds for part in parts),
+        )
 
     def rows(self) -> dict[str, float]:
         rows = {}
         for name, values in (("TTFT", self.ttft_s), ("TBT", self.tbt_s), ("mean token gap", self.gap_s)):
             for p in (50, 90):
                 rows[f"{name} p{p}, ms"] = float(np.nanpercentile(values, p)) * 1e3
-        rows["throughput, tokens/s"] = self.tokens_per_s
+        rows["throughput, tokens/s"] = self.tokens / self.seconds
         return rows
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Measured on the service before the load, in seconds: TTFT and token gap of a request that has it to itself; the gap of
-    CROWD requests at a time; TTFT of a long prompt alone and beside a stream, and that stream's gap meanwhile. `tail`: the mean
-    of the longest tenth of those gaps over their median.
-    """
-
-    first_s: float
-    gap_s: float
-    crowd_gap_s: float
-    prompt_s: float
-    prompt_beside_s: float
-    gap_beside_s: float
-    tail: float
-
-
-@dataclass(frozen=True)
 class Overhead:
-    """What the service adds to the engine's time: to each step, for each sequence in it beyond the first, and once to a first
-    token without occupying an instance; how many times as long as in the profile a prefill takes, and a decode step where it
-    is shorter (the machine may have been slower then). What prefill and decode leave each other of the cores that they
-    share. And what the simulator does not know: how uneven equal steps are.
+    """What the service adds to the engine's time: to each step, for each sequence in it beyond the first, to a hand-off, and
+    once to a first token without occupying an instance; how many times as long as in the profile a prefill takes, and a decode
+    step where it is shorter (the machine may have been slower then). What prefill and decode leave each other of the
+    cores that they share, and how uneven equal steps are.
     """
 
     step_s: float
     sequence_s: float
+    hand_off_s: float
     first_s: float
     prefill: float
     decode: float
     low_share: float
     normal_share: float
-    tail: float
+    step_noise: tuple[float, ...]
 
     @classmethod
-    def of(cls, found: Calibration, costs: FittedCost) -> Overhead:
+    def of(cls, found: Speeds, costs: FittedCost) -> Overhead:
         lone_s = costs.decode_step_s(1, LONE_PROMPT + LONE_OUTPUT // 2)
         decode = min(1.0, found.gap_s / lone_s)
         prefill = found.prompt_s / _chunked_s(costs, BESIDE_PROMPT)
         step_s = max(0.0, found.gap_s - lone_s)
         costs = scaled(costs, prefill, decode)
         crowd_s = found.crowd_gap_s - step_s - costs.decode_step_s(CROWD, CROWD * (LONE_PROMPT + CROWD_OUTPUT // 2))
-        alone_s = costs.decode_step_s(1, LONE_PROMPT + BESIDE_OUTPUT // 2) + step_s
+        sequence_s = max(0.0, crowd_s) / (CROWD - 1)
+        undisturbed_s = costs.decode_step_s(1, round(found.context_beside)) + step_s
+        undisturbed_s += (costs.decode.per_sequence_s + sequence_s) * (found.batch_beside - 1)
         return cls(
             step_s=step_s,
-            sequence_s=max(0.0, crowd_s) / (CROWD - 1),
+            sequence_s=sequence_s,
+            hand_off_s=found.hand_off_s,
             first_s=max(0.0, found.first_s - costs.prefill_s(LONE_PROMPT, 0) - step_s),
             prefill=prefill,
             decode=decode,
             # a decode instance pauses after each step for as long as it took: half of the time a prefill beside has the cores
             low_share=min(1.0, max(0.02, 2.0 * found.prompt_s / found.prompt_beside_s - 1.0)),
-            normal_share=min(1.0, 2.0 * alone_s / found.gap_beside_s),
-            tail=found.tail,
+            normal_share=min(1.0, 2.0 * undisturbed_s / found.gap_beside_s),
+            step_noise=found.factors,
         )
 
     def on(self, costs: FittedCost) -> FittedCost:
@@ -180,69 +206,42 @@ def kvasir(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "kvasir.cli.main", *arguments]
 
 
-def _prompt(rng: Random, length: int) -> list[int]:
-    return [rng.randrange(1000, 4000) for _ in range(length)]
-
-
-def _gap_s(times: Sequence[float]) -> float:
-    return median(later - earlier for earlier, later in pairwise(times))
-
-
-async def calibrate(system: System) -> Calibration:
-    rng, lone, crowds = Random(0), [], []
-    for _ in range(2 + NUM_LONE):  # the first two warm up
-        sent, times = await stream(system, _prompt(rng, LONE_PROMPT), LONE_OUTPUT)
-        lone.append((times[0] - sent, _gap_s(times)))
-    for _ in range(3):
-        some = await asyncio.gather(*(stream(system, _prompt(rng, LONE_PROMPT), CROWD_OUTPUT) for _ in range(CROWD)))
-        begin, end = max(times[0] for _, times in some), min(times[-1] for _, times in some)
-        crowds += [_gap_s([at for at in times if begin <= at <= end]) for _, times in some]
-    first_s, gap_s = (median(values) for values in zip(*lone[2:], strict=True))
-    prompts = [await _prefill(system, rng) for _ in range(3)]
-    beside = await _beside(system, rng)
-    return Calibration(first_s, gap_s, median(crowds), median([end - begin for begin, end in prompts]), *beside)
-
-
-async def _prefill(system: System, rng: Random) -> tuple[float, float]:
-    """When a long prompt was sent, and when its first token came."""
-    sent, times = await stream(system, _prompt(rng, BESIDE_PROMPT), 1)
-    return sent, times[0]
-
-
-async def _beside(system: System, rng: Random) -> tuple[float, float, float]:
-    """Long prompts one after the other beside one stream: median TTFT, and median and tail of the stream's gaps meanwhile."""
-    streaming = asyncio.create_task(stream(system, _prompt(rng, LONE_PROMPT), BESIDE_OUTPUT))
-    await asyncio.sleep(0.3)
-    prefills = []
-    while not streaming.done():
-        prefills.append(await _prefill(system, rng))
-    _, times = await streaming
-    whole = [(begin, end) for begin, end in prefills if begin > times[0] and end < times[-1]]
-    gaps = [
-        later - earlier
-        for begin, end in whole
-        for earlier, later in pairwise(times)
-        if begin + EDGE_S <= earlier and later <= end - EDGE_S
-    ]
-    assert gaps, "no prompt was answered while the stream went on"
-    longest = sorted(gaps)[-(-9 * len(gaps) // 10) :]
-    return median([end - begin for begin, end in whole]), median(gaps), fmean(longest or gaps) / median(gaps)
-
-
-def serve(config: ServeConfig, profile: Path, load: Load, directory: Path) -> tuple[Calibration, list[RequestRecord]]:
-    """Start the service, calibrate, send the load, stop it: what every client saw."""
+def serve(config: ServeConfig, profile: Path, parts: Sequence[Part], directory: Path) -> list[Served]:
+    """Start the service, send the parts of the load, each to empty caches and between measurements of speed, and stop it."""
     prefill, decode, mixed = config.split
     roles = ["--prefill", str(prefill), "--decode", str(decode), "--mixed", str(mixed)]
     command = kvasir("serve", "--port", str(PORT), "--dram", config.dram, "--admission", "off", "--profile", str(profile))
-    system = System("kvasir", Server.parse(f"http://127.0.0.1:{PORT}"), config.model)
+    system = System("kvasir", Server.parse(URL), config.model)
     saved, log = directory / "requests.jsonl", directory / "serve.log"
+    decoder = msgspec.json.Decoder(RequestRecord)
+    served, asked = [], sample(lengths_of(parts))
     with running([*command, "--log-level", "warning", *roles], {}, log):
         asyncio.run(wait_ready(system, "/ready", log))
-        found = asyncio.run(calibrate(system))
-        flags = [*load.flags(), "--save-requests", str(saved), "--url", f"http://127.0.0.1:{PORT}"]
-        subprocess.run(kvasir("replay", *flags), check=True, stdout=sys.stderr)
-    decoder = msgspec.json.Decoder(RequestRecord)
-    return found, [decoder.decode(line) for line in saved.read_bytes().splitlines()]
+        asyncio.run(measure(system, asked))  # warms up
+        before = asyncio.run(measure(system, asked))
+        for part in parts:
+            httpx.post(f"{URL}/admin/cache/clear").raise_for_status()
+            subprocess.run(
+                kvasir("replay", *part.flags(), "--save-requests", str(saved), "--url", URL), check=True, stdout=sys.stderr
+            )
+            records = [decoder.decode(line) for line in saved.read_bytes().splitlines()]
+            after = asyncio.run(measure(system, asked))
+            served.append(Served(part, before.between(after), records))
+            before = after
+    return served
+
+
+def lengths_of(parts: Sequence[Part]) -> list[Lengths]:
+    return [Lengths(r.input_tokens, r.output_tokens) for part in parts for r in part.requests().requests]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A part of the load, how fast the service was meanwhile, and what every client saw."""
+
+    part: Part
+    speeds: Speeds
+    records: list[RequestRecord]
 
 
 def predict(config: ServeConfig, spec: ModelSpec, costs: FittedCost, overhead: Overhead, trace: Trace) -> Run:
@@ -265,6 +264,8 @@ def predict(config: ServeConfig, spec: ModelSpec, costs: FittedCost, overhead: O
         heartbeat_s=HEARTBEAT_S,
         low_share=overhead.low_share,
         normal_share=overhead.normal_share,
+        hand_off_s=overhead.hand_off_s,
+        step_noise=overhead.step_noise,
     )
     slo = Slo(parse_duration(config.slo_ttft), parse_duration(config.slo_tbt))
     settings = SimConfig(
@@ -287,7 +288,8 @@ def measured(records: Sequence[RequestRecord]) -> Figures:
         np.array([record.ttft_s for record in records]),
         np.array([np.nan if record.tbt_s is None else record.tbt_s for record in records]),
         np.array([np.nan if record.tpot_s is None else record.tpot_s for record in records]),
-        tokens / (max(ends) - records[0].arrival_s),
+        tokens,
+        max(ends) - min(record.arrival_s for record in records),
     )
 
 
@@ -296,8 +298,8 @@ def simulated(run: Run, overhead: Overhead) -> Figures:
     assert r.is_(Status.OK).all(), "every request must be answered to be compared"
     decode_s, gaps = r.end_s - r.arrival_s - r.ttft_s, r.output_tokens - 1
     mean_gaps = np.divide(decode_s, gaps, out=np.full(len(gaps), np.nan), where=gaps > 0)
-    tokens_per_s = float(r.output_tokens.sum() / (r.end_s.max() - r.arrival_s[0]))
-    return Figures(r.ttft_s + overhead.first_s, r.tbt_s * overhead.tail, mean_gaps, tokens_per_s)
+    seconds = float(r.end_s.max() - r.arrival_s[0])
+    return Figures(r.ttft_s + overhead.first_s, r.tbt_s, mean_gaps, int(r.output_tokens.sum()), seconds)
 
 
 def with_true_arrivals(trace: Trace, records: Sequence[RequestRecord]) -> Trace:
@@ -310,16 +312,19 @@ def with_true_arrivals(trace: Trace, records: Sequence[RequestRecord]) -> Trace:
 
 
 def compare(load: Load, profile: Path, directory: Path) -> dict[str, list[dict[str, object]]]:
-    costs, trace = load_profile(profile), load.requests()
+    costs, parts = load_profile(profile), load.parts()
     tables: dict[str, list[dict[str, object]]] = {}
     for name, roles in LAYOUTS.items():
         count = [sum(role is each for each in roles) for role in (Role.PREFILL, Role.DECODE, Role.MIXED)]
         config = ServeConfig(prefill=count[0], decode=count[1], mixed=count[2], dram="1GiB")
-        found, records = serve(config, profile, load, directory)
-        overhead = Overhead.of(found, costs)
-        run = predict(config, model_spec(config), costs, overhead, with_true_arrivals(trace, records))
-        seen, told = measured(records).rows(), simulated(run, overhead).rows()
-        print(f"{name}: {overhead}", file=sys.stderr)
+        spec, found, expected = model_spec(config), [], []
+        for served in serve(config, profile, parts, directory):
+            overhead = Overhead.of(served.speeds, costs)
+            print(f"{name}: {overhead}", file=sys.stderr)
+            trace = with_true_arrivals(served.part.requests(), served.records)
+            expected.append(simulated(predict(config, spec, costs, overhead, trace), overhead))
+            found.append(measured(served.records))
+        told, seen = Figures.of_all(expected).rows(), Figures.of_all(found).rows()
         tables[name] = [
             {"figure": figure, "predicted": told[figure], "measured": seen[figure], "ratio": told[figure] / seen[figure]}
             for figure in seen

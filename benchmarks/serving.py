@@ -56,10 +56,12 @@ class Case:
     measure: Callable[[System, Random], Awaitable[float]]
 
 
-async def stream(system: System, prompt: list[int], max_tokens: int) -> tuple[float, list[float]]:
-    """When the request was sent, and when each token came."""
+async def stream(
+    system: System, prompt: list[int], max_tokens: int, reading: StreamReading | None = None
+) -> tuple[float, list[float]]:
+    """When the request was sent, and when each token came; of one that is cancelled, `reading` has those so far."""
     body = request_body(Endpoint.COMPLETIONS, system.model, prompt, max_tokens, ignore_eos=True)
-    reading = StreamReading()
+    reading = reading if reading is not None else StreamReading()
     sent = time.perf_counter()
     async with asyncio.timeout(REQUEST_S), exchange(system.server, "POST", "/v1/completions", body) as answer:
         if answer.status != 200:
