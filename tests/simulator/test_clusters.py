@@ -132,6 +132,12 @@ def test_a_model_is_a_name_a_table_or_a_directory() -> None:
     assert seen == ["./mine"]
 
 
+def test_steps_can_be_uneven_and_hand_offs_slow() -> None:
+    assert (load().hand_off_s, load().step_noise) == (0.0, ())
+    cluster = load(hand_off='"5ms"', step_noise="[0.9, 1, 1.3]")
+    assert (cluster.hand_off_s, cluster.step_noise) == (0.005, (0.9, 1.0, 1.3))
+
+
 def test_costs_can_come_from_a_profile() -> None:
     fitted = FittedCost(PrefillFit(0.01, 1e-4, 0.0, 0.0), DecodeFit(0.01, 1e-4, 0.0), 0.0, 1e9)
     assert load_cluster(text(costs='{profile="p.json"}'), profile_at=lambda path: fitted).costs is fitted
@@ -195,6 +201,8 @@ def test_none_of_a_role_may_be_said() -> None:
             "cluster mine: costs: got 'guess', expected roofline, reference or { profile = 'file.json' }",
         ),
         ({"heartbeat": "0"}, "cluster mine: heartbeat: got 0, expected more than 0"),
+        ({"step_noise": "[1.0, 0.0]"}, "cluster mine: step_noise: got 0, expected more than 0"),
+        ({"step_noise": "1.1"}, "cluster file: step_noise: expected array, got 1.1"),
         (
             {"network_latency": '"-1s"'},
             "cluster mine: network_latency: not a duration: '-1s'; write for example 30s, 100ms or 10m",

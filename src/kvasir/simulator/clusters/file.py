@@ -82,6 +82,8 @@ class ClusterTable(Struct, frozen=True, forbid_unknown_fields=True):
     max_batch: int = 256
     heartbeat: float | str = "1s"
     report_delay: float | str = "0s"
+    hand_off: float | str = "0s"
+    step_noise: list[float] = []
 
 
 def parse(text: str) -> ClusterTable:

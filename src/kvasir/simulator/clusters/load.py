@@ -77,6 +77,8 @@ def _cluster(
         memory=memory,
         heartbeat_s=positive("heartbeat", seconds("heartbeat", table.heartbeat)),
         report_delay_s=seconds("report_delay", table.report_delay),
+        hand_off_s=seconds("hand_off", table.hand_off),
+        step_noise=tuple(positive("step_noise", factor) for factor in table.step_noise),
     )
 
 
