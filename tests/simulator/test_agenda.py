@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvasir.simulator.agenda import Agenda
+from kvasir.simulator.agenda import NEVER_S, Agenda
 
 PLANS = st.lists(st.tuples(st.integers(0, 12), st.booleans()), max_size=80)
 """Each when, and whether something happens before the next is planned."""
@@ -46,6 +46,14 @@ def test_what_is_planned_for_now_comes_after_what_is_planned_for_now_already() -
         agenda.step()
     assert said == ["second", "third"]
     assert agenda.now == 1.0
+    with pytest.raises(IndexError):
+        agenda.step()
+
+
+def test_what_is_planned_for_never_does_not_happen() -> None:
+    agenda = Agenda()
+    agenda.at(NEVER_S, lambda _: None)
+    assert len(agenda) == 0
     with pytest.raises(IndexError):
         agenda.step()
 

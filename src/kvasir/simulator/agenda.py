@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from heapq import heappop, heappush
 from operator import attrgetter
@@ -11,6 +12,7 @@ from mypy_extensions import mypyc_attr
 
 Call = Callable[[Any], None]
 
+NEVER_S: Final = math.inf
 _time: Final = attrgetter("time_s")
 
 
@@ -67,9 +69,11 @@ class Agenda:
         self.plan(time_s, _Called(call, argument))
 
     def plan(self, time_s: float, what: Planned) -> None:
-        """As `at`."""
+        """As `at`; what is planned for `NEVER_S` does not happen."""
         if time_s < self.now:
             time_s = self.now
+        elif time_s == NEVER_S:
+            return
         what.time_s = time_s
         span = int(time_s / self._span_s)
         if span > self._span:

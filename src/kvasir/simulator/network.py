@@ -7,15 +7,11 @@ start or an end change only the flows that share a pipe with it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Final
 
 from mypy_extensions import mypyc_attr
 
-from kvasir.simulator.agenda import Agenda, Planned
-
-NEVER_S: Final = math.inf
+from kvasir.simulator.agenda import NEVER_S, Agenda, Planned
 
 
 class Pipe:
