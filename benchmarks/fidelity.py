@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import cache
 from operator import sub
 from pathlib import Path
 from typing import TypeVar
@@ -68,6 +69,8 @@ NUM_PARTS = 4
 """Of the load."""
 HEARTBEAT_S = 0.5
 
+loaded = cache(load_trace)  # every part is of the same one
+
 
 @dataclass(frozen=True)
 class Load:
@@ -80,8 +83,8 @@ class Load:
 
     def parts(self) -> list[Part]:
         """One after the other."""
-        times = [request.arrival_s for request in load_trace(self.trace).requests[: self.limit]]
-        bounds = [self.limit * i // NUM_PARTS for i in range(NUM_PARTS + 1)]
+        times = [request.arrival_s for request in loaded(self.trace).requests[: self.limit]]
+        bounds = [len(times) * i // NUM_PARTS for i in range(NUM_PARTS + 1)]
         starts = [(times[i - 1] + times[i]) / 2 if i else 0.0 for i in bounds[:-1]]
         return [Part(self, *part) for part in zip(starts, map(sub, bounds[1:], bounds), strict=True)]
 
@@ -102,7 +105,7 @@ class Part:
     def requests(self) -> Trace:
         load = self.load
         shape = Shape(start_s=self.start_s, limit=self.limit, speed=load.speed, scale_length=load.scale_length)
-        return shaped(load_trace(load.trace), shape)
+        return shaped(loaded(load.trace), shape)
 
 
 @dataclass(frozen=True)

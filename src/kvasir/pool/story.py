@@ -13,7 +13,7 @@ class Story:
 
     __slots__ = ("_events", "_length", "_num_told", "_times_s")
 
-    def __init__(self, length: int = STORY_LENGTH) -> None:
+    def __init__(self, length: int) -> None:
         self._length = length
         self._num_told = 0
         self._times_s: list[float] = []

@@ -395,12 +395,9 @@ class SimHub(Listener):
             source.close(attempt.name)
             attempt.offered = None
         if self._hand_off_s:
-            self._agenda.at(self._agenda.now + self._hand_off_s, self._take_over, seq)
+            self._agenda.at(self._agenda.now + self._hand_off_s, seq.instance.submit, seq)
         else:
             seq.instance.submit(seq)
-
-    def _take_over(self, seq: Seq) -> None:
-        seq.instance.submit(seq)
 
     # --- ends --------------------------------------------------------------------------------------------------
 
