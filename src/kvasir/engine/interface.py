@@ -47,6 +47,16 @@ class ModelSpec(Struct, frozen=True):
         """Bytes of one block's KV in all layers."""
         return self.block_tokens * self.shape.kv_bytes_per_token
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's residual stream: `hidden` numbers."""
+        return self.shape.hidden * self.shape.dtype_bytes
+
+    @property
+    def rows_per_slot(self) -> int:
+        """Of the residual stream, what goes into one slot."""
+        return self.slot_bytes // self.row_bytes
+
     def root_key(self, salt: str) -> BlockKey:
         """The parent of the first block of a prompt: what KV depends on beside the tokens."""
         return root_key(model=self.identity, dtype=self.dtype, layout=self.layout, block_tokens=self.block_tokens, salt=salt)
@@ -68,10 +78,36 @@ class Slots:
 
 
 @dataclass(frozen=True, slots=True)
+class StreamRows:
+    """Where the residual stream of a slice's tokens passes from one stage to the next: a row of `spec.row_bytes` a token.
+
+    Each of `slots` holds `spec.rows_per_slot` rows, one after another; the slice's first token is row `first` of them all.
+    """
+
+    slots: Sequence[int]
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What of the model is computed for a slice in a chunked pipeline (FAST'25, section 3.3): layers [first, last).
+
+    The first stage embeds its tokens, any other `reads` what the stage before wrote. All but the last, which may draw a
+    token, write the residual stream after their layers to `writes`.
+    """
+
+    first: int
+    last: int
+    reads: StreamRows | None
+    writes: StreamRows | None
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceSlice:
     """New tokens of one sequence: positions [start, start + len(tokens)); `pages[j]` is the slot of block j.
 
-    The KV of positions below `start` is in place. With `sampling`, the token after the last one is drawn.
+    The KV of positions below `start` is in place. With `sampling`, the token after the last one is drawn. With a `stage`, only
+    its layers are computed, and of the KV only theirs is read and written.
     """
 
     request_id: str
@@ -79,6 +115,7 @@ class SequenceSlice:
     start: int
     pages: Sequence[int]
     sampling: Sampling | None
+    stage: Stage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +146,9 @@ class Engine(Protocol):
         ...
 
     async def step(self, slices: Sequence[SequenceSlice]) -> StepResult:
-        """Compute the slices in one forward pass, write their KV to their pages, sample where asked.
+        """Compute the slices, write their KV to their pages, sample where asked.
 
+        That is one forward pass, and one more for each slice with a stage.
         Raises KvLost when cached blocks of some slices never come; the others can be computed again without those.
         """
         ...
