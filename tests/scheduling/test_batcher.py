@@ -365,6 +365,38 @@ def test_the_last_stage_publishes_draws_and_decodes_once_its_prompt_is_complete(
     assert body(StepDone())[-1] == Step((), batch=1, context_tokens=6)
 
 
+def shared(name: str, available: int | None, *, is_stage: bool) -> Submitted:
+    """A stage of a prompt of ten tokens, which is given all three pages of it."""
+    return Submitted(name, 10, 0, 18, (7, 8, 9), hand_off=True, share=0.5, available=available, is_stage=is_stage)
+
+
+def test_a_stage_that_is_given_all_pages_asks_for_none_and_returns_none() -> None:
+    body = Body()
+    assert step_of(body(shared("a", None, is_stage=True))).chunks == (Chunk("a", 0, 10, (7, 8, 9), samples=False, share=0.5),)
+    assert body(StepDone()) == [Release("a", ())]
+
+
+def test_the_last_stage_publishes_the_pages_that_it_was_given_and_hands_them_off() -> None:
+    body = Body()
+    body(shared("a", 6, is_stage=False))
+    assert body(StepDone()) == [Publish("a", 0, (7,))]
+    body(Extended("a", 10))
+    assert body(StepDone()) == [Publish("a", 1, (8,)), HandOff("a", ())]
+
+
+def test_nobody_else_may_bring_more_pages_than_are_filled() -> None:
+    with pytest.raises(InvariantError, match="pages for exactly 0 tokens"):
+        Body()(Submitted("a", 10, 0, 18, (7, 8, 9)))
+
+
+def test_a_stage_is_expected_to_take_its_share_of_the_layers() -> None:
+    body = Body(Batcher(config(), COSTS), pages=50)
+    for _ in range(40):
+        body(stage("a", 10, None))
+        body(StepDone(seconds=0.005))  # 10 ms for all layers
+    assert body.batcher.load().prefill_scale == pytest.approx(1.0, rel=0.01)
+
+
 def test_a_stage_that_waits_for_the_one_before_is_not_short_of_pages() -> None:
     body = Body(Batcher(config(starve_s=5.0)))
     assert body(stage("a", 10, 0)) == []

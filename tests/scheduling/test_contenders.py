@@ -32,6 +32,7 @@ def view_of(fleet: Fleet, directory: BlockDirectory, *, layerwise: bool = True, 
         chunk_tokens=None,
         layerwise=layerwise,
         max_stages=1,
+        stages_on_one_node=False,
         policy=Kvasir(),
     )
     view.look(directory.match(KEYS), num_prompt_tokens=1000, now=now, rank=now, due_s=30.0)

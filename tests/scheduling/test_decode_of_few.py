@@ -51,6 +51,7 @@ def by_numbers(fleet: Fleet, prefill: Candidate) -> DecodeChoice:
         chunk_tokens=None,
         layerwise=True,
         max_stages=1,
+        stages_on_one_node=False,
         policy=None,
     )
     view.look(BlockDirectory().match(()), num_prompt_tokens=1000, now=0.0, rank=0.0, due_s=30.0)

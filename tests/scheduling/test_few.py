@@ -17,6 +17,7 @@ from kvasir.scheduling.conductor_config import ConductorConfig
 from kvasir.scheduling.policies import POLICIES
 from kvasir.scheduling.policies.choice import Choice
 from kvasir.scheduling.policies.interface import Placement
+from kvasir.scheduling.policies.kvasir import Kvasir
 from kvasir.scheduling.strategy import strategy
 from kvasir.scheduling.view import ClusterView
 
@@ -37,13 +38,19 @@ class ByColumns:
 
 
 def said(
-    policy: str, decode: str, slo: Slo | ScaledSlo, arrivals: list[tuple[int, int, bool]], num_instances: int = 6
+    policy: str,
+    decode: str,
+    slo: Slo | ScaledSlo,
+    arrivals: list[tuple[int, int, bool]],
+    num_instances: int = 6,
+    config: ConductorConfig = CONFIG,
 ) -> list[list[Command]]:
     """What a conductor says: each arrival is a size, after what gap, and whether it finishes."""
     rules = replace(strategy(policy), decode=decode)
-    conductor = rules.conductor(CONFIG, reference_cost(), slo, Random(0))
+    conductor = rules.conductor(config, reference_cost(), slo, Random(0))
     roles = (Role.PREFILL, Role.MIXED, Role.DECODE) * (num_instances // 3)
-    infos = [InstanceInfo(f"i{index}", role, f"n{index}", 1, 400_000, 16) for index, role in enumerate(roles)]
+    a_node = 3 if config.stages_on_one_node else 1
+    infos = [InstanceInfo(f"i{index}", role, f"n{index // a_node}", 1, 400_000, 16) for index, role in enumerate(roles)]
     events: list[Event] = [InstanceJoined(info) for info in infos]
     events += [BlocksStored(f"n{index}", 1, KEYS[: 7 * (index % 6 + 1)]) for index in range(0, num_instances, 2)]
     answers = [conductor.handle(event, 0.0) for event in events]
@@ -85,6 +92,19 @@ def test_a_few_instances_get_what_they_would_get_by_columns(
         patch.setattr(placer, "FEW", 0)
         patch.setitem(POLICIES, policy, lambda: ByColumns(make()))
         assert said(policy, decode, slo, arrivals) == by_numbers
+
+
+@pytest.mark.parametrize("num_instances", [6, 12])
+@settings(max_examples=20, deadline=None)
+@given(arrivals=ARRIVALS)
+def test_stages_of_one_node_are_the_same_by_columns(num_instances: int, arrivals: list[tuple[int, int, bool]]) -> None:
+    arrivals = in_time(arrivals)
+    config = replace(CONFIG, stages_on_one_node=True)
+    by_numbers = said("kvasir", "least-expected-tbt", Slo(10.0), arrivals, num_instances, config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placer, "FEW", 0)
+        patch.setitem(POLICIES, "kvasir", lambda: ByColumns(Kvasir()))
+        assert said("kvasir", "least-expected-tbt", Slo(10.0), arrivals, num_instances, config) == by_numbers
 
 
 @pytest.mark.parametrize("policy", ["kvasir", "mooncake", "local"])

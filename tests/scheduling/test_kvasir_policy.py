@@ -96,6 +96,15 @@ def test_stages_are_those_that_are_free_and_do_not_decode() -> None:
     assert place(replace(cluster, chunk_tokens=1000)).group == ("p3", "p2")
 
 
+def test_stages_that_share_memory_are_of_the_node_where_they_are_done_first() -> None:
+    cluster = view((0.2, 0), (0.0, 0), (0.1, 0), (0.0, 0), (0.1, 0), tokens=8000, due_in_s=7.0)
+    nodes = {"p0": "a", "p1": "a", "p2": "b", "p3": "b", "p4": "b"}
+    shared = replace(cluster, chunk_tokens=1000, stage_node=nodes.__getitem__)
+    assert place(shared).group == ("p3", "p2")
+    assert place(replace(shared, stage_node=lambda name: name)).group == ()
+    assert place(replace(shared, stage_node=None)).group == ("p1", "p3")
+
+
 def test_while_others_queue_no_pipeline_starts() -> None:
     busy = IDLE * 7.0 + 0.1
     cluster = view(*[(busy, 0)] * 8, tokens=8000, due_in_s=7.0)

@@ -40,7 +40,7 @@ async def _prefill(engine: Engine, batcher: Batcher, pages: tuple[int, ...], chu
     length = length if seconds * length / short < PATIENCE_S else short
     for _ in range(MEASURED):
         result = await engine.step(prefill_step(spec, pages, length))
-        batcher.saw([(length, 0)], 0, 0, result.seconds)
+        batcher.saw([(length, 0, 1.0)], 0, 0, result.seconds)
 
 
 async def _decode(engine: Engine, batcher: Batcher, pages: tuple[int, ...], max_batch: int) -> None:

@@ -147,7 +147,8 @@ class Submitted(Event, frozen=True):
 
     A stage of a chunked pipeline computes a `share` below 1 of the model's layers: only the first `available` tokens may be
     computed until Extended says that more have come through the stage before. Every stage but the last `is_stage`: it
-    leaves with Release when its prompt is computed, publishes nothing and draws no token.
+    leaves with Release when its prompt is computed, publishes nothing and draws no token. Stages that share their pages are
+    given all that the prompt will fill, as pages of its lease.
     """
 
     request_id: str

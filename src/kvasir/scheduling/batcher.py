@@ -74,7 +74,7 @@ class Batcher:
         match event:
             case StepDone(finished=finished, steps=passes, seconds=seconds):
                 if seconds is not None and self._step is not None:
-                    chunks = [(seq.in_flight, seq.num_computed) for seq in self._prompts]
+                    chunks = [(seq.in_flight, seq.num_computed, seq.share) for seq in self._prompts]
                     self.saw(chunks, self._step.batch, self._step.context_tokens, seconds)
                 return self.step_done(passes, now, finished)
             case Submitted():
@@ -98,7 +98,8 @@ class Batcher:
             raise InvariantError(f"{seq.id}: expected num_computed < num_tokens < max_total_tokens, got {counts}")
         if seq.available is not None and not 0 <= seq.available <= seq.num_tokens:
             raise InvariantError(f"{seq.id}: {seq.available} of {seq.num_tokens} tokens cannot be available")
-        if seq.num_leased != -(-seq.num_computed // block_tokens):
+        num_filled = -(-seq.num_computed // block_tokens)
+        if seq.num_leased != num_filled and not (seq.share < 1.0 and seq.num_leased > num_filled):
             raise InvariantError(f"{seq.id}: expected pages for exactly {seq.num_computed} tokens, got {seq.num_leased}")
         seq.rank = (-priority, now if rank is None else rank, self._num_submitted)
         seq.num_full = seq.num_computed // block_tokens
@@ -177,11 +178,11 @@ class Batcher:
             decode_scale=self._calibration.decode_scale if self._calibration is not None else None,
         )
 
-    def saw(self, chunks: list[tuple[int, int]], batch: int, context_tokens: int, seconds: float) -> None:
-        """The engine took `seconds` for prefill `chunks` of (new tokens, cached tokens) and a token for each of a `batch`."""
+    def saw(self, chunks: list[tuple[int, int, float]], batch: int, context_tokens: int, seconds: float) -> None:
+        """The engine took `seconds` for chunks (new tokens, cached ones, share of layers) and a token for each of a `batch`."""
         costs, calibration = self._costs, self._calibration
         if costs is not None and calibration is not None:
-            prefill_s = sum([costs.prefill_s(new_tokens, cached_tokens) for new_tokens, cached_tokens in chunks], 0.0)
+            prefill_s = sum([share * costs.prefill_s(new_tokens, cached) for new_tokens, cached, share in chunks], 0.0)
             calibration.saw(prefill_s, costs.decode_step_s(batch, context_tokens), seconds)
 
     def check(self) -> None:

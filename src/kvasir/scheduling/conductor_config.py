@@ -18,7 +18,8 @@ class ConductorConfig:
     `shares_cores`: prefill and decode instances of a node run on the same cores. `mixed_step_s`: the longest step of an
     instance that decodes; None where nothing bounds it. Prefill runs in steps of `chunk_tokens`. `load_bandwidth`
     (bytes/s) is a node's SSD, 0 for none. With `layerwise`, transfers overlap compute. A prompt may be prefilled by a
-    pipeline of `max_stages` instances; 1 where the bodies have no pipelines.
+    pipeline of `max_stages` instances; 1 where the bodies have no pipelines. With `stages_on_one_node` its stages share their
+    pages, so that they must be on one node.
     """
 
     kv_bytes_per_token: int
@@ -35,6 +36,7 @@ class ConductorConfig:
     load_bandwidth: float = 0.0
     layerwise: bool = False
     max_stages: int = 1
+    stages_on_one_node: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (

@@ -82,6 +82,7 @@ class FewView:
         "prefillers",
         "rest_s",
         "source",
+        "stages_on_one_node",
         "tbt_s",
     )
 
@@ -96,6 +97,7 @@ class FewView:
         chunk_tokens: int | None,
         layerwise: bool,
         max_stages: int,
+        stages_on_one_node: bool,
         policy: PlacementOfFew | None,
     ):
         self.fleet = fleet
@@ -106,6 +108,7 @@ class FewView:
         self.tbt_s = tbt_s
         self.layerwise = layerwise
         self.max_stages = max_stages
+        self.stages_on_one_node = stages_on_one_node
         self.block_tokens = block_tokens
         self._known: list[Instance] | None = None  # whose `_of_all` are
         self._of_all: list[Prefiller] = []
@@ -174,14 +177,20 @@ class FewView:
         best_tokens, policy = self.best_tokens, self._policy
         return best_tokens > prefix_tokens and policy is not None and policy.fetches(prefix_tokens, best_tokens)
 
-    def free_first(self) -> list[Prefiller]:
-        """All that do nothing but prefill, in the order in which they are free; then the others."""
+    def teams(self) -> list[list[Prefiller]]:
+        """As ClusterView.teams."""
         free_s: list[float] = []
         for known in self._of_all:
             book = known.instance.book
             known.wait_s, known.pace = book.wait_s(self._now, self._rank), book.pace
             free_s.append(NEVER_S if known.pace < 1.0 else known.wait_s)
-        return [self._of_all[row] for row in sorted(range(len(free_s)), key=free_s.__getitem__)]
+        free_first = [self._of_all[row] for row in sorted(range(len(free_s)), key=free_s.__getitem__)]
+        if not self.stages_on_one_node:
+            return [free_first]
+        teams: dict[str, list[Prefiller]] = {}
+        for known in free_first:
+            teams.setdefault(known.instance.node, []).append(known)
+        return list(teams.values())
 
     @property
     def num_prefillers(self) -> int:

@@ -117,6 +117,7 @@ class Placer:
             chunk_tokens=config.chunk_tokens,
             layerwise=config.layerwise,
             max_stages=config.max_stages,
+            stages_on_one_node=config.stages_on_one_node,
             policy=self._of_few,
         )
         rule_of_many = RULES_OF_MANY.get(rules.decode)
@@ -274,8 +275,14 @@ class Placer:
             chunk_tokens=config.chunk_tokens,
             load_bandwidth=config.load_bandwidth,
             layerwise=config.layerwise,
-            max_stages=config.max_stages,
+            max_stages=config.max_stages if not avoid else 1,  # one alone can wait for what a pipeline did not get
+            stage_node=self._node_of if config.stages_on_one_node else None,
         )
+
+    def _node_of(self, instance: str) -> str:
+        known = self._fleet.get(instance)
+        assert known is not None, "only the living are in a view"
+        return known.node
 
     def _decision(self, request: Request, choice: Choice, decode: DecodeChoice, now: float) -> Decision:
         return Decision(

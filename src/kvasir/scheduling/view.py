@@ -171,8 +171,8 @@ class ClusterView(DecodeView, frozen=True, dict=True, kw_only=True):
     """What a placement policy sees: `best_tokens` is the longest prefix that any node holds in DRAM, on `source`; the first
     token is due in `due_in_s`.
 
-    Prefill runs in steps of `chunk_tokens`, a pipeline in at most `max_stages` stages. With `layerwise`, transfers overlap
-    waiting and compute layer by layer.
+    Prefill runs in steps of `chunk_tokens`, a pipeline in at most `max_stages` stages, of one node where `stage_node` says on
+    which each instance is. With `layerwise`, transfers overlap waiting and compute layer by layer.
     """
 
     prefills: PrefillColumns
@@ -184,6 +184,7 @@ class ClusterView(DecodeView, frozen=True, dict=True, kw_only=True):
     load_bandwidth: float = 0.0
     layerwise: bool = False
     max_stages: int = 1
+    stage_node: Callable[[str], str] | None = None
     _prefill_s: dict[int, float] = field(default_factory=dict)
 
     def prefill_s(self, cached_tokens: int) -> float:
@@ -254,6 +255,19 @@ class ClusterView(DecodeView, frozen=True, dict=True, kw_only=True):
         """Read what the node has on SSD, compute the rest. Only where `load_s` is finite."""
         own, deep = self.prefills.prefix.at(row), self.prefills.deep.at(row)
         return self._candidate(row, deep, float(self.load_s[row]), load_tokens=deep - own)
+
+    def teams(self) -> list[list[int]]:
+        """Rows of those that may be stages of one pipeline. First in each team are those that do nothing but prefill, in the
+        order in which they are free.
+        """
+        prefills = self.prefills
+        free_first: list[int] = np.argsort(np.where(prefills.pace < 1.0, np.inf, prefills.wait_s), kind="stable").tolist()
+        if self.stage_node is None:
+            return [free_first]
+        teams: dict[str, list[int]] = {}
+        for row in free_first:
+            teams.setdefault(self.stage_node(prefills.ids[row]), []).append(row)
+        return list(teams.values())
 
     def pipeline(self, rows: list[int]) -> Candidate:
         """The prompt in as many stages as `rows`, in that order, from the longest prefix that any node holds.

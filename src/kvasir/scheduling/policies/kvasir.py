@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from random import Random
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from kvasir.scheduling.view import ClusterView, Floats
 
 if TYPE_CHECKING:
     from kvasir.scheduling.few import FewView
+
+T = TypeVar("T")
 
 MARGIN: Final = 0.9
 """A plan is in time when it is predicted to need at most this share of what is left until the first token is due."""
@@ -58,9 +60,7 @@ class Kvasir:
         alone = choice_of(_best_rows(view, ttft_s), plan, f"{WHY} among {len(ttft_s)}")
         if view.max_stages == 1 or alone.ttft_s <= MARGIN * view.due_in_s:
             return alone
-        prefills = view.prefills
-        free_first = np.argsort(np.where(prefills.pace < 1.0, np.inf, prefills.wait_s), kind="stable").tolist()
-        return _pipeline(view, alone, len(free_first), lambda count: view.pipeline(free_first[:count]))
+        return _pipeline(view, alone, [(len(team), _first_of(view.pipeline, team)) for team in view.teams()])
 
     def place_few(self, view: FewView) -> Choice | None:
         """As `place`."""
@@ -72,16 +72,35 @@ class Kvasir:
         alone = choice_of(least_of_few(ttft_s), view.faster, f"{WHY} among {view.num_prefillers}")
         if view.max_stages == 1 or alone.ttft_s <= MARGIN * view.due_in_s:
             return alone
-        free_first = view.free_first()
-        return _pipeline(view, alone, len(free_first), lambda count: view.pipeline(free_first[:count]))
+        return _pipeline(view, alone, [(len(team), _first_of(view.pipeline, team)) for team in view.teams()])
 
     def fetches(self, prefix_tokens: int, best_tokens: int) -> bool:
         return True
 
 
-def _pipeline(view: ClusterView | FewView, alone: Choice, most: int, pipeline: Callable[[int], Candidate]) -> Choice:
+Team = tuple[int, Callable[[int], Candidate]]
+"""How many may be stages of one pipeline, and the pipeline of the first so many of them."""
+
+
+def _first_of(pipeline: Callable[[list[T]], Candidate], team: list[T]) -> Callable[[int], Candidate]:
+    return lambda count: pipeline(team[:count])
+
+
+def _pipeline(view: ClusterView | FewView, alone: Choice, teams: list[Team]) -> Choice:
+    """The fastest pipeline of any team, where that is faster than one alone."""
+    best, most = alone.chosen, 0
+    for size, pipeline in teams:
+        candidate = _in_stages(view, alone.chosen, size, pipeline)
+        if candidate.ttft_s < best.ttft_s:
+            best, most = candidate, size
+    if best is alone.chosen:
+        return alone
+    why = f"pipeline of {len(best.group)} stages, being late alone, among {most}"
+    return Choice((best, *alone.candidates[:2]), why)
+
+
+def _in_stages(view: ClusterView | FewView, best: Candidate, most: int, pipeline: Callable[[int], Candidate]) -> Candidate:
     """Twice as many stages until it is in time or does not get faster. A stage that decodes beside would slow all down."""
-    best = alone.chosen
     num_stages = 2
     while num_stages <= min(view.max_stages, most):
         candidate = pipeline(num_stages)
@@ -91,10 +110,7 @@ def _pipeline(view: ClusterView | FewView, alone: Choice, most: int, pipeline: C
         if best.ttft_s <= MARGIN * view.due_in_s:
             break
         num_stages *= 2
-    if best is alone.chosen:
-        return alone
-    why = f"pipeline of {len(best.group)} stages, being late alone, among {most}"
-    return Choice((best, *alone.candidates[:2]), why)
+    return best
 
 
 def _where_wanted_of_few(view: FewView, ttft_s: list[float]) -> list[float]:
