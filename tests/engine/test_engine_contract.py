@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from itertools import chain
 from typing import Literal
 
 import numpy as np
 import pytest
 
+from kvasir.core.errors import KvLost
 from kvasir.core.request import Sampling
 from kvasir.costs.model import Counts, Seconds
 from kvasir.engine.checkpoint import read_spec
 from kvasir.engine.fake import FakeEngine
-from kvasir.engine.interface import Engine, ModelSpec
+from kvasir.engine.interface import Engine, ModelSpec, SequenceSlice, Stage
+from kvasir.engine.landing import LOST
 from kvasir.engine.torch.engine import TorchEngine
 from kvasir.engine.torch.kernels import TorchOps
 from tests.engine.conftest import BLOCK_TOKENS, Arena, MakeCheckpoint, Sequence_, generate, needs_gpu, random_tokens, step
+from tests.engine.pipeline import Pipeline
 
 PROMPT = random_tokens(53)
 COUNT = 12
+
+# for each stage its layers and where its chunks end: none at a block's end, a later stage takes halves or several at once
+TWO_STAGES = {(0, 1): (20, 29, 41, 53), (1, 4): (14, 29, 37, 53)}
+FOUR_STAGES = {(0, 1): (20, 29, 41, 53), (1, 2): (29, 53), (2, 3): (14, 29, 37, 53), (3, 4): (29, 30, 45, 53)}
 
 MakeEngine = Callable[[Arena], Engine]
 
@@ -41,7 +49,7 @@ class NoTime:
 
 @pytest.fixture(scope="module")
 def spec(checkpoint: MakeCheckpoint) -> ModelSpec:
-    return read_spec(checkpoint(family="llama"), block_tokens=BLOCK_TOKENS)
+    return read_spec(checkpoint(family="llama", overrides={"num_hidden_layers": 4}), block_tokens=BLOCK_TOKENS)
 
 
 ON_A_GPU = ["GPU", "GPU, few pages", "GPU, plain torch"]
@@ -187,3 +195,84 @@ async def test_a_seeded_request_resumed_elsewhere_continues_identically(
     sequence = new(arena, "resumed", sampling)
     await generate(make_engine(arena), sequence, 4)
     assert await generate(make_engine(arena), sequence, COUNT) == whole
+
+
+@pytest.mark.parametrize("cached_blocks", [0, 2])
+@pytest.mark.parametrize("stages", [TWO_STAGES, FOUR_STAGES], ids=["two stages", "four stages"])
+async def test_a_prompt_in_stages_gives_the_same_tokens(
+    make_engine: MakeEngine,
+    arena: Arena,
+    expected: list[int],
+    stages: dict[tuple[int, int], tuple[int, ...]],
+    cached_blocks: int,
+) -> None:
+    """Other sequences share the steps; later every engine computes on the same pages without a stage."""
+    engines, decode, sequence = [make_engine(arena) for _ in stages], make_engine(arena), new(arena)
+    if cached_blocks:
+        await generate(decode, cached := new(arena), 1)
+        sequence.pages[:cached_blocks] = cached.pages[:cached_blocks]
+        sequence.computed = cached_blocks * BLOCK_TOKENS
+    beside = [new(arena, f"beside {stage}") for stage in stages]
+    await Pipeline(engines, arena, sequence, stages=stages).run(beside=beside)
+    assert await generate(decode, sequence, COUNT) == expected
+    for engine, other in zip(engines, beside, strict=True):
+        assert await generate(engine, other, COUNT) == expected
+        again = Sequence_("again", PROMPT, sequence.pages)
+        again.tokens, again.computed = sequence.tokens[: len(PROMPT) + 1], len(PROMPT)
+        assert await generate(engine, again, COUNT) == expected
+        warm = Sequence_("warm", PROMPT, sequence.pages[:3] + arena.reserve(32))
+        warm.computed = 3 * BLOCK_TOKENS
+        assert await generate(engine, warm, COUNT) == expected
+        arena.release(warm.pages[3:])
+
+
+async def test_engines_that_change_their_stages_give_the_same_tokens(
+    make_engine: MakeEngine, arena: Arena, expected: list[int]
+) -> None:
+    """What an engine holds of the first prompt's blocks is of other layers than it needs for the second."""
+    one, other = make_engine(arena), make_engine(arena)
+    first, second = new(arena), new(arena, "b")
+    await Pipeline([one, other], arena, first, stages=TWO_STAGES).run()
+    second.pages[:3], second.computed = first.pages[:3], 3 * BLOCK_TOKENS
+    await Pipeline([other, one], arena, second, stages=TWO_STAGES).run()
+    assert await generate(one, first, COUNT) == expected
+    assert await generate(other, second, COUNT) == expected
+
+
+async def test_a_stage_can_be_computed_again(make_engine: MakeEngine, arena: Arena, expected: list[int]) -> None:
+    """As after a step in which blocks of another sequence were lost: what it read is still there."""
+    engines = [make_engine(arena) for _ in FOUR_STAGES]
+    pipeline = Pipeline(engines, arena, new(arena), stages=FOUR_STAGES)
+    for stage, engine in enumerate(engines):
+        part = pipeline.slice(stage, len(PROMPT))
+        results = [await engine.step([part]) for _ in range(2)]
+        assert [result.tokens[part.request_id].token for result in results if result.tokens] == expected[:1] * 2 * (stage == 3)
+        pipeline.done[stage] = len(PROMPT)
+
+
+async def test_a_stage_writes_its_pages_and_its_rows_only(make_engine: MakeEngine, arena: Arena) -> None:
+    engines = [make_engine(arena) for _ in FOUR_STAGES]
+    pipeline = Pipeline(engines, arena, new(arena), stages=FOUR_STAGES)
+    before = arena.slots.memory.copy()
+    await pipeline.run()
+    changed = np.unique(np.flatnonzero(before != arena.slots.memory) // arena.slots.stride)
+    assert set(changed.tolist()) <= {*pipeline.sequence.pages, *chain.from_iterable(pipeline.row_slots)}
+
+
+async def test_an_engine_refuses_what_is_no_stage(make_engine: MakeEngine, arena: Arena) -> None:
+    part = SequenceSlice("a", PROMPT, 0, new(arena).pages, None, Stage(0, 5, reads=None, writes=None))
+    with pytest.raises(ValueError, match=r"a: expected a stage within layers 0\.\.4, got 0\.\.5"):
+        await make_engine(arena).step([part])
+
+
+async def test_a_stage_whose_cached_blocks_are_lost_is_named_and_the_others_go_on(
+    make_engine: MakeEngine, arena: Arena, expected: list[int]
+) -> None:
+    engine, other, lost = make_engine(arena), new(arena), new(arena, "lost")
+    lost.computed = BLOCK_TOKENS
+    arena.slots.missing[lost.pages[0]] = LOST
+    part = Pipeline([engine] * 2, arena, lost, stages=TWO_STAGES).slice(0, len(PROMPT))
+    with pytest.raises(KvLost) as raised:
+        await engine.step([other.slice(), part])
+    assert raised.value.request_ids == ("lost",)
+    assert await generate(engine, other, COUNT) == expected

@@ -8,8 +8,10 @@ import pytest
 from kvasir.costs.model import Counts, Seconds
 from kvasir.costs.shape import ModelShape
 from kvasir.engine.fake import FakeEngine
-from kvasir.engine.interface import ModelSpec
+from kvasir.engine.interface import ModelSpec, StreamRows
+from kvasir.engine.stream import Stream
 from tests.engine.conftest import Arena, Sequence_, generate, random_tokens, step
+from tests.engine.pipeline import Pipeline
 
 SPEC = ModelSpec(
     name="fake",
@@ -79,3 +81,37 @@ async def test_one_wrong_block_changes_the_next_token(block: int) -> None:
     sequence.pages[block] = other.pages[block]
     wrong = await engine.step([sequence.slice()])
     assert right.tokens["a"] != wrong.tokens["a"]
+
+
+async def test_a_stage_takes_its_layers_share_of_a_chunks_time() -> None:
+    engine, arena, slept = attached()
+    sequence = Sequence_("a", random_tokens(61), arena.reserve(64))
+    await Pipeline([engine, engine], arena, sequence, stages={(0, 1): (60, 61), (1, 2): (60, 61)}).run()
+    assert slept == pytest.approx([0.030, 0.030, 0.0035, 0.0035])
+
+
+async def last_stage(engine: FakeEngine, arena: Arena, *, wrong_row: int | None = None, pages: list[int] | None = None) -> int:
+    """The token that it draws, in two chunks, when a row changed on its way or when it knows other pages than the first."""
+    sequence = Sequence_("a", random_tokens(60), arena.reserve(64))
+    pipeline = Pipeline([engine, engine], arena, sequence, stages={(0, 1): (60,), (1, 2): (40, 60)})
+    first = pipeline.slice(0, 60)
+    await engine.step([first])
+    if wrong_row is not None and first.stage is not None and first.stage.writes is not None:
+        rows = StreamRows(first.stage.writes.slots, first.stage.writes.first + wrong_row)
+        next(Stream(arena.slots, SPEC).parts(rows, 1))[:] ^= 1
+    sequence.pages = pages or sequence.pages
+    await engine.step([pipeline.slice(1, 40)])
+    pipeline.done[1] = 40
+    result = await engine.step([pipeline.slice(1, 60)])
+    return result.tokens["a"].token
+
+
+@pytest.mark.parametrize("row", [0, 17, 31, 39, 40, 58, 59])
+async def test_one_wrong_row_changes_the_next_token(row: int) -> None:
+    engine, arena, _ = attached()
+    assert await last_stage(engine, arena, wrong_row=row) != await last_stage(engine, arena)
+
+
+async def test_stages_that_do_not_share_their_pages_give_another_token() -> None:
+    engine, arena, _ = attached()
+    assert await last_stage(engine, arena, pages=arena.reserve(64)) != await last_stage(engine, arena)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvasir.core.errors import ModelError
 from kvasir.engine.checkpoint import read_spec
+from kvasir.engine.interface import SequenceSlice, Stage, StreamRows
 from kvasir.engine.torch.engine import TorchEngine
 from kvasir.engine.torch.kernels import BatchLayout, Ops, TorchOps
 from tests.engine.conftest import BLOCK_TOKENS, Arena, MakeCheckpoint, Sequence_, generate, random_tokens, step
@@ -74,3 +75,12 @@ def test_a_lean_family_with_another_activation_runs_through_transformers(checkpo
     path = checkpoint(family="llama", overrides={"hidden_act": "gelu"})
     engine = TorchEngine(read_spec(path, block_tokens=BLOCK_TOKENS))
     assert type(engine._model).__name__ == "HfModel"
+
+
+def test_a_model_that_runs_through_transformers_has_no_stages(checkpoint: MakeCheckpoint) -> None:
+    engine = TorchEngine(read_spec(checkpoint(family="granite"), block_tokens=BLOCK_TOKENS))
+    arena = Arena(engine.spec)
+    engine.attach(arena.slots)
+    first = Stage(0, 1, reads=None, writes=StreamRows(arena.reserve(80), 0))
+    with pytest.raises(ModelError, match="GraniteForCausalLM runs through transformers and has no stages"):
+        engine.step_now([SequenceSlice("a", PROMPT, 0, arena.reserve(80), None, first)])

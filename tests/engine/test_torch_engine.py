@@ -24,6 +24,7 @@ from kvasir.engine.torch import priority
 from kvasir.engine.torch.engine import TorchEngine
 from kvasir.engine.torch.kernels import Ops, TorchOps
 from tests.engine.conftest import BLOCK_TOKENS, GREEDY, Arena, MakeCheckpoint, Sequence_, generate, random_tokens, step
+from tests.engine.pipeline import Pipeline
 
 Reference = Callable[[Path], Callable[[Sequence[int]], Tensor]]
 
@@ -177,6 +178,18 @@ async def test_a_stage_at_a_time_gives_the_logits_of_the_whole(checkpoint: MakeC
         assert hidden is not None
         assert whole is not None
         torch.testing.assert_close(model.logits(hidden), whole)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_stages_give_the_very_logprobs_of_a_prompt_in_the_same_chunks(
+    dtype: str, ops: Ops, checkpoint: MakeCheckpoint
+) -> None:
+    async with opened(checkpoint(family="qwen3", dtype=dtype), ops=ops) as (engine, arena):
+        whole, staged = (Sequence_(name, PROMPT, arena.reserve(80), Sampling(temperature=0.0, logprobs=384)) for name in "ab")
+        await step(engine, (whole, 20))
+        await step(engine, whole)
+        await Pipeline([engine] * 3, arena, staged, stages={(0, 1): (20, 53), (1, 2): (20, 53), (2, 3): (20, 53)}).run()
+        assert staged.sampled == whole.sampled
 
 
 async def test_a_step_does_not_block_the_event_loop(checkpoint: MakeCheckpoint) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvasir.core.errors import KvLost
 from kvasir.engine.interface import SequenceSlice, Slots
-from kvasir.engine.torch.device_pages import Bools, DevicePages, Ints
+from kvasir.engine.torch.device_pages import Bools, Claim, DevicePages, Ints
 from kvasir.engine.torch.kernels import KvLayout, KvView, Ops, TokenCopies
 from kvasir.engine.torch.kv import landing_of
 from kvasir.engine.torch.overlap import CudaOverlap, NoOverlap, Overlap
@@ -26,7 +26,8 @@ class DeviceKv:
     """`KvAccess` over a device: layer l + 1 is loaded while layer l computes, and new KV goes back after each layer.
 
     A block that gets many new tokens is stored whole; single tokens (decode) are stored alone, so that a decode step moves
-    a few KiB a sequence and not a block. When `end` returns, the arena holds everything: another instance may go on.
+    a few KiB a sequence and not a block. A stage moves its own layers, and a page that it filled holds no others. When `end`
+    returns, the arena holds everything: another instance may go on.
     """
 
     def __init__(self, slots: Slots, layout: KvLayout, *, ops: Ops, device: torch.device, num_slots: int) -> None:
@@ -44,7 +45,7 @@ class DeviceKv:
         self._loaded: dict[int, torch.cuda.Event | None] = {}
 
     def begin(self, slices: Sequence[SequenceSlice]) -> list[Sequence[int]]:
-        layout = self.view.layout
+        layout, layers = self.view.layout, _layers_of(slices, self.view.layout.num_layers)
         used = [np.asarray(s.pages[: layout.blocks_of(s.start + len(s.tokens))], dtype=np.int64) for s in slices]
         slots, place = np.unique(np.concatenate(used), return_inverse=True)
         needed, filled = np.zeros_like(slots), np.zeros_like(slots)
@@ -54,22 +55,21 @@ class DeviceKv:
         ]
         np.maximum.at(needed, place, np.concatenate(good))
         np.maximum.at(filled, place, np.concatenate(after))
-        claim = self._pages.claim(slots, generations=self._generations[slots].astype(np.int64), needed=needed)
+        generations = self._generations[slots].astype(np.int64)
+        claim = self._pages.claim(slots, generations=generations, needed=needed, layers=layers)
         with self._overlap.copying():
-            self._step = _plan(
-                slots, claim.pages, is_missing=claim.is_missing, needed=needed, filled=filled, device=self._device
-            )
+            self._step = _plan(slots, claim, layers=layers, needed=needed, filled=filled, device=self._device)
         self._loaded.clear()
         self._landing.begin(slices)
         try:
-            self._load(0)
+            self._load(layers.start)
         except KvLost:
             self.abort()
             raise
         return [part.tolist() for part in np.split(claim.pages[place], np.cumsum([len(u) for u in used])[:-1])]
 
     def before_layer(self, layer: int) -> None:
-        if layer + 1 < self.view.layout.num_layers:
+        if layer + 1 in self._current().layers:
             self._load(layer + 1)
         if layer in self._loaded:
             self._overlap.compute_waits(self._loaded.pop(layer))
@@ -86,7 +86,7 @@ class DeviceKv:
     def end(self) -> None:
         step = self._current()
         self._overlap.host_waits(self._overlap.record())
-        self._pages.commit(step.slots, filled=step.filled, is_written=step.is_written)
+        self._pages.commit(step.slots, filled=step.filled, is_written=step.is_written, layers=step.layers)
         self._step = None
 
     def abort(self) -> None:
@@ -121,6 +121,7 @@ class DeviceKv:
 class _StepPlan:
     """What one step moves; arrays are the host's, tensors the device's. Slots are places in the arena, pages on the device."""
 
+    layers: range
     slots: Ints
     filled: Ints
     is_written: Bools
@@ -143,22 +144,16 @@ class _StepPlan:
         return len(self.single_tokens) > 0
 
 
-def _plan(
-    slots: Ints,
-    pages: Ints,
-    *,
-    is_missing: Bools,
-    needed: Ints,
-    filled: Ints,
-    device: torch.device,
-) -> _StepPlan:
+def _plan(slots: Ints, claim: Claim, *, layers: range, needed: Ints, filled: Ints, device: torch.device) -> _StepPlan:
+    pages, is_missing = claim.pages, claim.is_missing
     is_single, is_whole = filled - needed == 1, filled - needed > 1
     parts = [slots[is_missing], pages[is_missing], slots[is_whole], pages[is_whole]]
     parts += [pages[is_single], slots[is_single], needed[is_single]]
     on_device = torch.from_numpy(np.concatenate(parts)).to(device)
     load_slots, load_pages, whole_slots, whole_pages, *single = torch.split(on_device, [len(part) for part in parts])
     return _StepPlan(
-        slots,
+        layers,
+        slots=slots,
         filled=filled,
         is_written=filled > needed,
         load_slots=load_slots,
@@ -167,6 +162,12 @@ def _plan(
         whole_pages=whole_pages,
         single_tokens=TokenCopies(*single),
     )
+
+
+def _layers_of(slices: Sequence[SequenceSlice], num_layers: int) -> range:
+    """What a forward pass over these slices computes."""
+    stage = slices[0].stage
+    return range(num_layers) if stage is None else range(stage.first, stage.last)
 
 
 def _tokens_in_blocks(num_blocks: int, num_tokens: int, block_tokens: int) -> Ints:

@@ -27,13 +27,16 @@ class DevicePages:
     """The bookkeeping of device pages; moves no byte.
 
     A copy is good when the slot has not been reserved anew since (its generation) and when the copy covers as many of the
-    block's tokens as the step will read: another instance may have filled the rest of a block after this one copied it.
+    block's tokens as the step will read, in the layers that it computes: another instance may have filled the rest of a block
+    after this one copied it, or computes its other layers. The layers of a copy follow one another, and all of them are good
+    for the same tokens.
     """
 
     def __init__(self, *, num_slots: int, num_pages: int) -> None:
         self._page_of = np.full(num_slots, _NONE, dtype=np.int64)
         self._generation = np.zeros(num_slots, dtype=np.int64)
         self._filled = np.zeros(num_slots, dtype=np.int64)
+        self._layers = np.zeros((num_slots, 2), dtype=np.int64)  # first, last + 1
         self._slot_of = np.full(num_pages, _NONE, dtype=np.int64)
         self._last_used = np.zeros(num_pages, dtype=np.int64)
         self._step = 0
@@ -43,8 +46,8 @@ class DevicePages:
         """How many blocks the device holds at most."""
         return len(self._slot_of)
 
-    def claim(self, slots: Ints, *, generations: Ints, needed: Ints) -> Claim:
-        """Give every slot (each named once) a page for this step; `needed` are the tokens that must be good in it.
+    def claim(self, slots: Ints, *, generations: Ints, needed: Ints, layers: range) -> Claim:
+        """Give every slot (each named once) a page for this step; `needed` are the tokens that must be good in these layers.
 
         Pages of this step are never taken from each other. Raises PoolError, and changes nothing, where there are too few.
         """
@@ -52,16 +55,22 @@ class DevicePages:
             raise PoolError(f"device KV: the step needs {len(slots)} blocks at once, the device holds {self.num_pages}")
         self._step += 1
         held = self._page_of[slots] != _NONE
-        is_good = held & (self._generation[slots] == generations) & (self._filled[slots] >= needed)
+        is_covered = (self._layers[slots, 0] <= layers.start) & (self._layers[slots, 1] >= layers.stop)
+        is_good = held & (self._generation[slots] == generations) & (self._filled[slots] >= needed) & is_covered
         self._last_used[self._page_of[slots[held]]] = self._step
         self._give_pages(slots[~held])
         self._generation[slots] = generations
         self._filled[slots[~is_good]] = 0
+        self._layers[slots[~is_good]] = layers.start, layers.stop
         return Claim(self._page_of[slots], ~is_good & (needed > 0))
 
-    def commit(self, slots: Ints, *, filled: Ints, is_written: Bools) -> None:
-        """The step is over: of each slot `filled` tokens are good, and what was good before too where nothing was written."""
+    def commit(self, slots: Ints, *, filled: Ints, is_written: Bools, layers: range) -> None:
+        """The step over these layers, as claimed, is over: of each slot `filled` tokens are good in them.
+
+        Where nothing was written, what was good before still is.
+        """
         self._filled[slots] = np.where(is_written, filled, np.maximum(self._filled[slots], filled))
+        self._layers[slots[is_written]] = layers.start, layers.stop
 
     def forget(self, slots: Ints) -> None:
         """The step failed: nothing in these pages is known to be good."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import accumulate, chain
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvasir.core.errors import ModelError
 from kvasir.engine.interface import ModelSpec, SampledToken, SequenceSlice, Slots, StepResult
+from kvasir.engine.stream import Stream
 from kvasir.engine.torch.config import DTYPES, check_rope, load_config, quiet_transformers
 from kvasir.engine.torch.device_kv import DeviceKv
 from kvasir.engine.torch.first_calls import make_first_calls
@@ -26,6 +27,7 @@ from kvasir.engine.torch.lean import LeanModel, Progress, SampleRows, is_lean
 from kvasir.engine.torch.place import place
 from kvasir.engine.torch.priority import go_idle, name_threads
 from kvasir.engine.torch.sampling import Draw, Sampler
+from kvasir.engine.torch.stream import read_rows, write_rows
 
 
 class Model(Protocol):
@@ -33,6 +35,13 @@ class Model(Protocol):
 
     def forward(self, tokens: Tensor, batch: BatchLayout, *, kv: KvAccess, sample: SampleRows | None) -> Tensor | None:
         """Logits [S, vocab] of the sampled rows; None without any. KV of all tokens is written."""
+
+    def stage(self, x: Tensor, batch: BatchLayout, *, kv: KvAccess, sample: SampleRows | None, layers: range) -> Tensor | None:
+        """These layers alone: from tokens, int64 [T], if they are the first, else from the residual stream [T, hidden].
+
+        Returns the residual stream after them, or after the last layer what `forward` does. Raises ModelError where the
+        model cannot be cut.
+        """
 
 
 class TorchEngine:
@@ -69,6 +78,7 @@ class TorchEngine:
         self._device_kv_slots = device_kv_slots
         self._sampler = Sampler()
         self._kv: KvAccess | None = None
+        self._stream: Stream | None = None
         self._num_slots = 0
         self._thread = ThreadPoolExecutor(1, "engine", initializer=name_threads if low_priority else None)
         try:
@@ -104,6 +114,7 @@ class TorchEngine:
         if self._kv is not None:
             raise RuntimeError("attach: an arena is attached already")
         self._num_slots = len(slots.memory) // slots.stride
+        self._stream = Stream(slots, self.spec)
         if self._device.type == "cpu" and self._device_kv_slots is None:
             self._kv = in_place_kv(slots, self._layout)
             return
@@ -118,23 +129,19 @@ class TorchEngine:
         await asyncio.to_thread(self._thread.shutdown)
         if self._kv is not None:
             self._kv.close()
-        self._model = self._kv = None
+        self._model = self._kv = self._stream = None
 
     def step_now(self, slices: Sequence[SequenceSlice]) -> StepResult:
         """`step` in the calling thread, for benchmarks; `step` calls it in the engine's thread."""
         started = perf_counter()
-        if self._model is None or self._kv is None:
+        if self._model is None or self._kv is None or self._stream is None:
             raise RuntimeError("step: expected an open engine with an arena attached")
-        self._check(slices, self._num_slots)
+        self._check(slices, self._num_slots, self._stream)
+        tokens: dict[str, SampledToken] = {}
         with torch.inference_mode():
-            tables = self._kv.begin(slices)
-            try:
-                sampled = self._forward(slices, tables, model=self._model, kv=self._kv)
-            except BaseException:
-                self._kv.abort()
-                raise
-            self._kv.end()
-        return StepResult(sampled, perf_counter() - started)
+            for part in _passes(slices):
+                tokens |= self._pass(part, model=self._model, kv=self._kv, stream=self._stream)
+        return StepResult(tokens, perf_counter() - started)
 
     def _load(self, on_progress: Progress | None) -> Model:
         with quiet_transformers(), torch.inference_mode():
@@ -147,7 +154,7 @@ class TorchEngine:
             on_progress(1.0, "model loaded")
         return model
 
-    def _check(self, slices: Sequence[SequenceSlice], num_slots: int) -> None:
+    def _check(self, slices: Sequence[SequenceSlice], num_slots: int, stream: Stream) -> None:
         """What the forward would not notice and would answer with foreign memory."""
         limit = self.spec.max_model_len
         too_long = next((s for s in slices if s.start + len(s.tokens) > limit), None)
@@ -156,19 +163,49 @@ class TorchEngine:
         pages = np.fromiter(chain.from_iterable(s.pages for s in slices), dtype=np.int64)
         if len(pages) and (pages.min() < 0 or pages.max() >= num_slots):
             raise ValueError(f"step: expected pages in 0..{num_slots - 1}, got {pages.min()} to {pages.max()}")
+        for s in slices:
+            stream.check(s)
 
-    def _forward(
-        self, slices: Sequence[SequenceSlice], tables: Sequence[Sequence[int]], *, model: Model, kv: KvAccess
-    ) -> dict[str, SampledToken]:
+    def _pass(self, slices: Sequence[SequenceSlice], *, model: Model, kv: KvAccess, stream: Stream) -> dict[str, SampledToken]:
+        """One forward pass: over slices without a stage, or over one with its own."""
+        tables = kv.begin(slices)
+        try:
+            sampled = self._sample(slices, self._logits(slices, tables, model=model, kv=kv, stream=stream))
+        except BaseException:
+            kv.abort()
+            raise
+        kv.end()
+        return sampled
+
+    def _logits(
+        self, slices: Sequence[SequenceSlice], tables: Sequence[Sequence[int]], *, model: Model, kv: KvAccess, stream: Stream
+    ) -> Tensor | None:
+        """Those of the slices that sample, [S, vocab], or None; a stage that is not the last passes its rows on instead."""
         batch = self._batch(slices, tables)
-        ids = np.concatenate([np.asarray(s.tokens, dtype=np.int64) for s in slices])
         sample = self._sample_rows(slices, tables, batch)
-        logits = model.forward(torch.from_numpy(ids).to(self._device), batch, kv=kv, sample=sample)
+        stage = slices[0].stage
+        if stage is None:
+            return model.forward(self._ids(slices), batch, kv=kv, sample=sample)
+        if stage.reads is None:
+            x = self._ids(slices)
+        else:
+            x = read_rows(stream, stage.reads, batch.num_tokens, dtype=self._dtype, device=self._device)
+        result = model.stage(x, batch, kv=kv, sample=sample, layers=range(stage.first, stage.last))
+        if result is None or stage.writes is None:
+            return result
+        write_rows(stream, stage.writes, result)
+        return None
+
+    def _sample(self, slices: Sequence[SequenceSlice], logits: Tensor | None) -> dict[str, SampledToken]:
         if logits is None:
             return {}
         draws = [Draw(s.request_id, s.sampling, s.start + len(s.tokens)) for s in slices if s.sampling is not None]
         tokens = self._sampler.sample(logits, draws)
         return {draw.request_id: token for draw, token in zip(draws, tokens, strict=True)}
+
+    def _ids(self, slices: Sequence[SequenceSlice]) -> Tensor:
+        """The slices' tokens, int64 [T] on the device."""
+        return torch.from_numpy(np.concatenate([np.asarray(s.tokens, dtype=np.int64) for s in slices])).to(self._device)
 
     def _batch(self, slices: Sequence[SequenceSlice], tables: Sequence[Sequence[int]]) -> BatchLayout:
         lens = [len(s.tokens) for s in slices]
@@ -187,6 +224,14 @@ class TorchEngine:
             wanted = [i for i, s in enumerate(slices) if s.sampling is not None]
             batch = self._batch([last[i] for i in wanted], [tables[i] for i in wanted])
         return SampleRows(torch.tensor(rows, device=self._device), batch)
+
+
+def _passes(slices: Sequence[SequenceSlice]) -> Iterator[list[SequenceSlice]]:
+    """All without a stage together, then each with one alone."""
+    whole = [s for s in slices if s.stage is None]
+    if whole:
+        yield whole
+    yield from ([s] for s in slices if s.stage is not None)
 
 
 def _layout(spec: ModelSpec) -> KvLayout:

@@ -48,7 +48,7 @@ class HfModel:
     def __init__(
         self, spec: ModelSpec, config: Any, *, ops: Ops, device: torch.device, on_progress: Progress | None = None
     ) -> None:
-        self._ops, self._device = ops, device
+        self._ops, self._device, self._architecture = ops, device, spec.architecture
         self._windows = layer_windows(config)
         self._unit_cos = torch.ones(spec.max_model_len, 1, device=device)  # a rotation by nothing: the model rotates itself
         self._zero_sin = torch.zeros(spec.max_model_len, 1, device=device)
@@ -70,6 +70,10 @@ class HfModel:
             return None
         logits: Tensor = output.logits[0]
         return logits if self._has_logits_to_keep else logits[rows]
+
+    def stage(self, x: Tensor, batch: BatchLayout, *, kv: KvAccess, sample: SampleRows | None, layers: range) -> Tensor | None:
+        """Raises ModelError: the modelling code computes all layers or none."""
+        raise ModelError(f"{self._architecture} runs through transformers and has no stages; run it without a pipeline")
 
     def _refuse_if_different(self, spec: ModelSpec) -> None:
         generator = torch.Generator().manual_seed(0)

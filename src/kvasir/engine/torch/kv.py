@@ -13,9 +13,10 @@ from kvasir.engine.torch.kernels import KvLayout, KvView
 
 
 class KvAccess(Protocol):
-    """One step's access to KV: `begin`, then for each layer `before_layer` .. `after_layer`, then `end`.
+    """One forward pass's access to KV: `begin`, then for each layer `before_layer` .. `after_layer`, then `end`.
 
-    After an exception in between, `abort` instead of `end`.
+    A pass over a slice with a stage computes the stage's layers, any other all of them. After an exception in between, `abort`
+    instead of `end`.
     """
 
     @property
@@ -23,19 +24,19 @@ class KvAccess(Protocol):
         """What attention reads and writes."""
 
     def begin(self, slices: Sequence[SequenceSlice]) -> list[Sequence[int]]:
-        """The slices' block tables as slot ids of `view`."""
+        """The slices' block tables as slot ids of `view`. Either none of them has a stage, or there is only one."""
 
     def before_layer(self, layer: int) -> None:
         """Cached KV of this layer is in `view` when this returns (for kernels issued from now on)."""
 
     def after_layer(self, layer: int) -> None:
-        """The step's new KV of this layer has been written (by kernels issued so far)."""
+        """The pass's new KV of this layer has been written (by kernels issued so far)."""
 
     def end(self) -> None:
-        """All new KV of the step is in the arena when this returns."""
+        """All new KV of the pass is in the arena when this returns."""
 
     def abort(self) -> None:
-        """The step failed: nothing that it wrote may be trusted."""
+        """The pass failed: nothing that it wrote may be trusted."""
 
     def close(self) -> None:
         """No step comes any more: let go of the arena."""

@@ -84,8 +84,16 @@ class LeanModel:
 
     def forward(self, tokens: Tensor, batch: BatchLayout, *, kv: KvAccess, sample: SampleRows | None) -> Tensor | None:
         """Logits [S, vocab] of the sampled rows; None without any. KV of all tokens is written."""
-        hidden = self.run_layers(self.embed(tokens), batch, kv=kv, sample=sample)
-        return None if hidden is None else self.logits(hidden)
+        return self.stage(tokens, batch, kv=kv, sample=sample, layers=range(len(self._layers)))
+
+    def stage(self, x: Tensor, batch: BatchLayout, *, kv: KvAccess, sample: SampleRows | None, layers: range) -> Tensor | None:
+        """These layers alone: from tokens, int64 [T], if they are the first, else from the residual stream [T, H], overwritten.
+
+        Returns the residual stream after them, or after the last layer what `forward` does.
+        """
+        hidden = self.embed(x) if layers.start == 0 else x
+        result = self.run_layers(hidden, batch, kv=kv, sample=sample, first=layers.start, last=layers.stop)
+        return result if result is None or layers.stop < len(self._layers) else self.logits(result)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [T] -> [T, H]."""
