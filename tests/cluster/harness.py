@@ -179,16 +179,24 @@ class Brains:
     costs: FittedCost = COSTS
 
 
-def default_brains(num_slots: int, policy: str, chunk_tokens: int, max_batch: int) -> Brains:
+def default_brains(
+    num_slots: int, policy: str, chunk_tokens: int, max_batch: int, *, max_stages: int = 1, slo: Slo | None = None
+) -> Brains:
     """Those of `kvasir serve`, which admit everything."""
     conductor = (
         strategy(policy)
         .with_parts(admission="off")
         .live(chunk_tokens)
         .conductor(
-            ConductorConfig(kv_bytes_per_token=SHAPE.kv_bytes_per_token, block_tokens=BLOCK, shares_cores=True),
+            ConductorConfig(
+                kv_bytes_per_token=SHAPE.kv_bytes_per_token,
+                block_tokens=BLOCK,
+                shares_cores=True,
+                max_stages=max_stages,
+                stages_on_one_node=True,
+            ),
             COSTS,
-            Slo(),
+            slo or Slo(),
             Random(0),
         )
     )

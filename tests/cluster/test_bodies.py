@@ -111,7 +111,7 @@ async def ask(hub: Hub, asked: Submission, give_up_after: int | None) -> list[in
     return tokens
 
 
-def mixed_traffic(seed: int, count: int) -> list[tuple[float, Submission, int | None]]:
+def mixed_traffic(seed: int, count: int, over_s: float) -> list[tuple[float, Submission, int | None]]:
     """(arrival, request, tokens after which its client goes away): shared prefixes, all lengths, a third aborted."""
     rng = Random(seed)
     shared = [prompt_of(100 + i, rng.randrange(20, 300)) for i in range(6)]
@@ -119,11 +119,13 @@ def mixed_traffic(seed: int, count: int) -> list[tuple[float, Submission, int | 
     for number in range(count):
         prompt = rng.choice(shared) + prompt_of(seed * 1000 + number, rng.randrange(1, 120))
         asked = submission(f"r{number}", prompt, rng.randrange(1, 60))
-        traffic.append((rng.uniform(0, count / 40), asked, rng.randrange(0, 20) if rng.random() < 0.33 else None))
+        traffic.append((rng.uniform(0, over_s), asked, rng.randrange(0, 20) if rng.random() < 0.33 else None))
     return traffic
 
 
-async def run_traffic(found: Cluster, seed: int, count: int) -> None:
+async def run_traffic(found: Cluster, seed: int, count: int, over_s: float | None = None) -> None:
+    """Arrivals `over_s` seconds, 40 in each unless said."""
+
     async def one(arrival_s: float, asked: Submission, give_up_after: int | None) -> None:
         await asyncio.sleep(arrival_s)
         tokens = await ask(found.hub, asked, give_up_after)
@@ -131,7 +133,7 @@ async def run_traffic(found: Cluster, seed: int, count: int) -> None:
         assert tokens == (whole if give_up_after is None else whole[: len(tokens)])
 
     async with asyncio.TaskGroup() as clients:
-        for item in mixed_traffic(seed, count):
+        for item in mixed_traffic(seed, count, over_s or count / 40):
             clients.create_task(one(*item))
 
 

@@ -18,6 +18,7 @@ from kvasir.cluster.local import LocalCluster, fit_to_pool
 from kvasir.cluster.model import model_spec
 from kvasir.cluster.service import Submission
 from kvasir.core.request import Sampling, Slo
+from kvasir.core.units import parse_duration
 from kvasir.scheduling.conductor_config import ConductorConfig
 from kvasir.scheduling.strategy import strategy
 
@@ -63,16 +64,19 @@ class RealCluster:
         spec = fit_to_pool(model_spec(self._config), self._config)
         costs = load_costs(None, spec)
         conductor = (
-            strategy("mooncake")
-            .with_parts(admission="off")
+            strategy(self._config.policy)
+            .with_parts(admission="off", roles="static")
+            .live(self._config.chunk_tokens)
             .conductor(
                 ConductorConfig(
                     kv_bytes_per_token=spec.shape.kv_bytes_per_token,
                     block_tokens=spec.block_tokens,
                     load_bandwidth=self._config.ssd_read_bandwidth,
+                    max_stages=self._config.stages,
+                    stages_on_one_node=True,
                 ),
                 costs,
-                Slo(),
+                Slo(parse_duration(self._config.slo_ttft)),
                 Random(0),
             )
         )

@@ -52,6 +52,7 @@ def cluster(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[RealCl
         mixed=mixed,
         chunk_tokens=48,
         max_batch=16,
+        policy="mooncake",
         device="cuda" if "GPU" in request.param else "cpu",
         log_level="warning",
     )

@@ -36,6 +36,7 @@ def cluster(checkpoint: Path, disk: Path) -> Iterator[RealCluster]:
         ssd_path=str(disk),
         ssd_read="100000GB",  # or it would be faster to compute this model's blocks than to read them
         mixed=1,
+        policy="mooncake",
         chunk_tokens=48,
         max_batch=16,
         log_level="warning",

@@ -34,6 +34,7 @@ def settings(checkpoint: Path, **changes: Any) -> dict[str, Any]:
         "dtype": "float32",
         "block_tokens": BLOCK,
         "dram": "64MiB",
+        "policy": "mooncake",
         "chunk_tokens": 48,
         "max_batch": 16,
         "log_level": "warning",

@@ -22,7 +22,7 @@ from kvasir.cluster.joined import JoinedNode
 from kvasir.cluster.kv_events import KvEventPublisher, kv_event_publisher
 from kvasir.cluster.local import LocalCluster, fit_to_pool
 from kvasir.cluster.messages import Progress
-from kvasir.cluster.model import model_spec
+from kvasir.cluster.model import check_stages, model_spec
 from kvasir.cluster.operator import Operator
 from kvasir.core.errors import ConfigError
 from kvasir.core.events import Event
@@ -80,6 +80,7 @@ async def run_server(config: ServeConfig) -> None:
     stop = _stop_on_signals()
     whole = model_spec(config)
     spec = fit_to_pool(whole, config)
+    check_stages(config, spec)
     screen.model(spec)
     if spec.max_model_len < whole.max_model_len:
         screen.say(f"--dram {config.dram} limits the context to {spec.max_model_len:,} of {whole.max_model_len:,} tokens")
@@ -141,6 +142,8 @@ def _hub_maker(
             max_queued=config.max_queue,
             shares_cores=config.device == "cpu",
             load_bandwidth=config.ssd_read_bandwidth,
+            max_stages=config.stages,
+            stages_on_one_node=True,
         ),
         costs=costs,
         slo=Slo(parse_duration(config.slo_ttft), parse_duration(config.slo_tbt)),

@@ -89,6 +89,13 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
             " instances of a machine share its cores by priority)."
         ),
     ] = None
+    stages: Annotated[
+        int,
+        _about(
+            "A prompt that one instance cannot answer in time is prefilled by a pipeline of up to so many on a node (1: never);"
+            " for instances with a GPU each, or cores of their own. Policy kvasir, and models with a forward of our own."
+        ),
+    ] = 1
     eviction: Annotated[
         str | None, _about("Which block goes when space is needed: lru, lfu, length-aware, cost-aware (default: the policy's).")
     ] = None
@@ -227,7 +234,7 @@ def _check(config: ServeConfig) -> None:
         config.max_model_len is None or config.max_model_len >= 2,
         f"--max-model-len must be at least 2, got {config.max_model_len}",
     )
-    for name in ("chunk_tokens", "max_batch", "max_queue"):
+    for name in ("chunk_tokens", "max_batch", "max_queue", "stages"):
         value = getattr(config, name)
         require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
     require(config.dram_bytes > 0, f"--dram must be positive, got {config.dram}")
@@ -238,6 +245,7 @@ def _check(config: ServeConfig) -> None:
         require(transport in TRANSPORTS, f"--transports must be some of {','.join(TRANSPORTS)}, got {config.transports!r}")
     if config.eviction is not None:
         choose("eviction", config.eviction, EVICTIONS)
+    require(config.stages == 1 or config.join is None, "--stages: the head decides; give it there")
     require(config.kv_events is None or config.join is None, "--kv-events: the head publishes for all nodes; give it there")
     require(config.kv_events is not None or config.kv_events_replay is None, "--kv-events-replay needs --kv-events")
     for name in ("kv_events", "kv_events_replay"):

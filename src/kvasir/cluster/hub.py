@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from kvasir.cluster.messages import (
     BlocksChanged,
     CancelRun,
+    ExtendRun,
     HandedOff,
     HelloInstance,
     HelloPool,
@@ -27,14 +28,19 @@ from kvasir.cluster.messages import (
     Pace,
     PeerPool,
     Phase,
+    PipelineReady,
     PoolReport,
     PrefixPlan,
     RunFailed,
     RunRequest,
+    StageComputed,
+    StageLeft,
+    StagePlan,
     StepOutput,
     TokenOut,
 )
 from kvasir.cluster.names import pool_name
+from kvasir.cluster.pipelines import Over, Pipelines
 from kvasir.cluster.pool_host import HUB, HUB_EPOCH
 from kvasir.cluster.pool_messages import CopyBlocks, PeersChanged, Resync
 from kvasir.cluster.service import ClusterStatus, InstanceStatus, Output, Rejected, RequestFailed, Submission
@@ -143,6 +149,7 @@ class Hub:
         self._reports: dict[str, PoolReport] = {}
         self._peers: dict[str, PeerPool] = {}
         self._streams = HandOffStreams()
+        self._pipelines = Pipelines()
         self._counters: Counter[str] = Counter()
         self._num_runs = 0
         self._drawn: Counter[str] = Counter()  # tokens by instance
@@ -244,6 +251,8 @@ class Hub:
                     self._take_token(instance, token)
             case HandedOff(run=run, instance=instance):
                 self._take_hand_off(run, instance)
+            case PipelineReady() | StageComputed() | StageLeft():
+                self._take_from_stage(message)
             case InstanceReport(instance=name, epoch=epoch, load=load):
                 self._take_report(name, epoch, load)
             case RunFailed(run=run, instance=instance, error=error):
@@ -267,6 +276,28 @@ class Hub:
                 self.on_order_done(message)
             case _:
                 self._log.warning("unexpected message", peer=peer, message=type(message).__name__)
+
+    def _take_from_stage(self, message: PipelineReady | StageComputed | StageLeft) -> None:
+        match message:
+            case PipelineReady():
+                for instance, request in self._pipelines.ready(message):
+                    self._tell_stage(instance, request)
+            case StageComputed():
+                if (following := self._pipelines.computed(message)) is not None:
+                    self._tell_stage(*following)
+                self._end_pipeline(self._pipelines.done(message))
+            case StageLeft(run=run, instance=instance):
+                self._end_pipeline(self._pipelines.left(run, instance))
+
+    def _tell_stage(self, instance: str, message: RunRequest | ExtendRun) -> None:
+        if not self._send(instance, message):
+            self._end_pipeline(self._pipelines.left(message.run, instance))
+            self._undelivered(message.run, instance)
+
+    def _end_pipeline(self, over: Over | None) -> None:
+        if over is not None:
+            for lease in over.leases:
+                self._send(pool_name(over.node), ReleaseLease(HUB, HUB_EPOCH, lease))
 
     def _take_changes(self, changes: BlocksChanged) -> None:
         """One message is four events, so that a lost message is a gap in their numbers."""
@@ -308,6 +339,8 @@ class Hub:
             return
         self._log.warning("instance lost", instance=name)
         self._send(pool_name(instance.info.node), OwnerLost(name, instance.info.epoch))
+        for over in self._pipelines.lost(name):
+            self._end_pipeline(over)
         self._apply(InstanceLost(name, instance.info.epoch))
 
     def lose_node(self, node: str) -> None:
@@ -413,6 +446,7 @@ class Hub:
                     live, node = self._live[request_id], self.node_of(instance)
                     self._run(request_id, instance, Phase.DECODE, source=live.node if live.node != node else None)
                 case Cancel(request_id=request_id, instance=instance):
+                    self._pipelines.give_up(self._live[request_id].run)
                     self._send(instance, CancelRun(self._live[request_id].run))
                 case Reject(request_id=request_id, decision=decision):
                     self._record(decision)
@@ -444,7 +478,9 @@ class Hub:
         live.node = self.node_of(instance)
         phase = Phase.BOTH if command.decode == instance else Phase.PREFILL
         self._stream(command, live)
-        self._run(command.request_id, instance, phase, rank=command.rank, prefix=self._prefix_plan(command.candidate, live))
+        candidate = command.candidate
+        prefix = self._prefix_plan(candidate, live)
+        self._run(command.request_id, instance, phase, rank=command.rank, prefix=prefix, group=candidate.group)
 
     def _stream(self, command: Prefill, live: _Live) -> None:
         """Let the blocks follow to whoever is to decode, where that is another node; who decodes may change at the end."""
@@ -466,7 +502,8 @@ class Hub:
         sources: tuple[str, ...] = ()
         if candidate.source is not None:
             holders = self._conductor.directory.holders(live.keys[blocks - 1])
-            sources = (candidate.source, *(node for node in holders if node != candidate.source))
+            others = (candidate.source, *(node for node in holders if node != candidate.source))
+            sources = tuple(node for node in others if node != live.node)
         return PrefixPlan(blocks, sources, within_s, hidden_s)
 
     def _run(
@@ -478,6 +515,7 @@ class Hub:
         rank: float | None = None,
         prefix: PrefixPlan | None = None,
         source: str | None = None,
+        group: tuple[str, ...] = (),
     ) -> None:
         live = self._live[request_id]
         live.phase = phase
@@ -496,10 +534,19 @@ class Hub:
             prefix=prefix,
             source=source,
             tenant=submission.tenant,
+            stage=StagePlan(len(group) - 1, len(group)) if group else None,
         )
         if not self._send(instance, message):
-            self._counters["undelivered"] += 1
-            asyncio.get_running_loop().call_soon(self._apply, Failed(request_id, instance, "not reachable"))
+            self._undelivered(live.run, instance)
+        elif group:
+            self._counters["pipelines"] += 1
+            self._pipelines.begin(message, group, live.node)
+
+    def _undelivered(self, run: str, instance: str) -> None:
+        self._counters["undelivered"] += 1
+        if (live := self._current(run)) is not None:
+            failed = Failed(live.submission.request_id, instance, "not reachable")
+            asyncio.get_running_loop().call_soon(self._apply, failed)
 
     def _end(self, request_id: str, outcome: Reject | Fail) -> None:
         live = self._live.pop(request_id, None)

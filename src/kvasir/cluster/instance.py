@@ -17,24 +17,29 @@ from msgspec.structs import replace
 
 from kvasir.cluster.messages import (
     CancelRun,
+    ExtendRun,
     FromInstance,
     HandedOff,
     HelloInstance,
     InstanceReport,
     Pace,
     Phase,
+    PipelineReady,
     PrefixPlan,
     RunFailed,
     RunRequest,
     Shutdown,
+    StageComputed,
+    StageLeft,
     StepOutput,
     ToInstance,
     TokenOut,
 )
 from kvasir.cluster.pool_client import Pool
+from kvasir.cluster.stage_run import StageRun, open_pipeline
 from kvasir.core.batcher_commands import Chunk, HandOff, NeedPages, Preempt, Publish, Release, ReturnPages, Starved, Step
 from kvasir.core.errors import ClusterError, KvasirError, KvLost
-from kvasir.core.events import Cancelled, Event, InstanceInfo, InstanceLoad, PagesGranted, StepDone, Submitted, Tick
+from kvasir.core.events import Cancelled, Event, Extended, InstanceInfo, InstanceLoad, PagesGranted, StepDone, Submitted, Tick
 from kvasir.core.keys import BlockKey, block_keys
 from kvasir.core.pool_events import KeyedSlot
 from kvasir.core.request import FinishReason
@@ -48,7 +53,10 @@ OFFER_S = 30.0
 
 @dataclass(slots=True)
 class _Sequence:
-    """What the body knows of a running request: its tokens so far and the keys of its full blocks."""
+    """What the body knows of a running request: its tokens so far and the keys of its full blocks.
+
+    It has a `stage` while a pipeline computes its prompt.
+    """
 
     request: RunRequest
     phase: Phase
@@ -57,6 +65,7 @@ class _Sequence:
     cached: int | None = None
     cancelled: bool = False
     submitted: bool = False
+    stage: StageRun | None = None
 
     def key(self, index: int, block_tokens: int) -> BlockKey:
         """The key of full block `index`; keys are chained as blocks fill."""
@@ -122,6 +131,8 @@ class InstanceBody:
             match await self._receive():
                 case RunRequest() as request:
                     self._start(request)
+                case ExtendRun(run=run, available=available):
+                    self._extend(run, available)
                 case CancelRun(run=run):
                     self._cancel(run)
                 case Pace(pauses=pauses):
@@ -137,7 +148,12 @@ class InstanceBody:
             return
         sequence = _Sequence(request, request.phase, np.frombuffer(request.tokens, dtype="<u4").tolist())
         self._sequences[request.run] = sequence
-        self._spawn(self._admit(sequence))
+        if request.stage is not None:
+            sequence.stage = StageRun(request.stage)
+        if request.stage is not None and not request.stage.is_last:
+            self._submit(sequence, request.stage.pages, request.stage.cached)
+        else:
+            self._spawn(self._admit(sequence))
 
     def _cancel(self, run: str) -> None:
         sequence = self._sequences.get(run)
@@ -154,20 +170,30 @@ class InstanceBody:
         """Take the KV that exists already, then queue the sequence."""
         run = sequence.request.run
         try:
-            take = self._take_over if sequence.phase is Phase.DECODE else self._prefix
-            pages, computed = await take(sequence)
+            if sequence.stage is not None:
+                pages, computed = await self._open_pipeline(sequence, sequence.stage)
+            elif sequence.phase is Phase.DECODE:
+                pages, computed = await self._take_over(sequence)
+            else:
+                pages, computed = await self._prefix(sequence)
         except KvasirError as error:
             self._forget(run)
+            self._leave_pipeline(sequence)
             self._fail(run, str(error))
             return
         if sequence.cancelled:
-            self._forget(run)
-            self._pool.release(run, ())
+            self._leave(run, ())
             return
+        self._submit(sequence, pages, computed)
+        if sequence.stage is not None:
+            self._tell(PipelineReady(run, self._info.id, sequence.stage.plan))
+
+    def _submit(self, sequence: _Sequence, pages: tuple[int, ...], computed: int) -> None:
         sequence.submitted = True
+        stage = sequence.stage
         self._apply(
             Submitted(
-                request_id=run,
+                request_id=sequence.request.run,
                 num_tokens=len(sequence.tokens),
                 num_computed=computed,
                 max_total_tokens=sequence.request.max_total_tokens,
@@ -175,6 +201,9 @@ class InstanceBody:
                 hand_off=sequence.phase is Phase.PREFILL,
                 priority=sequence.request.priority,
                 rank=sequence.request.rank,
+                share=1.0 if stage is None else stage.share,
+                available=None if stage is None or stage.plan.number == 0 else computed,
+                is_stage=stage is not None and not stage.plan.is_last,
             )
         )
 
@@ -195,12 +224,48 @@ class InstanceBody:
         if plan is None:
             pages = await self._pool.lease(run, keys, tenant=tenant)
         else:
-            plan = self._for_one_chunk(plan, len(sequence.tokens))
+            plan = replace(plan, hidden_s=0.0) if sequence.stage else self._for_one_chunk(plan, len(sequence.tokens))
             pages = await self._pool.bring(run, keys, plan, tenant=tenant)
             self._landing.add(run)
         if sequence.cached is None:
             sequence.cached = len(pages) * self._block_tokens
         return pages, len(pages) * self._block_tokens
+
+    async def _open_pipeline(self, sequence: _Sequence, stage: StageRun) -> tuple[tuple[int, ...], int]:
+        """The cached prefix, and pages for the rest, of which no stage is the owner yet."""
+        prefix, cached = await self._prefix(sequence)
+        plan, run, num_tokens = replace(stage.plan, cached=cached), sequence.request.run, len(sequence.tokens)
+        stage.plan = await open_pipeline(self._pool, run, plan, prefix, num_tokens=num_tokens, spec=self._engine.spec)
+        return stage.plan.pages, cached
+
+    def _extend(self, run: str, available: int) -> None:
+        """The stage before is so far. Once it is through, nobody but this instance writes into the pages any more."""
+        sequence = self._sequences.get(run)
+        if sequence is None or sequence.stage is None:
+            return
+        if sequence.stage.plan.is_last and available == len(sequence.tokens):
+            self._spawn(self._take_pages_over(sequence, sequence.stage))
+        else:
+            self._apply(Extended(run, available))
+
+    async def _take_pages_over(self, sequence: _Sequence, stage: StageRun) -> None:
+        """From here on the run is like any other of this instance."""
+        run = sequence.request.run
+        try:
+            await self._pool.adopt(run)
+        except KvasirError as error:
+            if self._sequences.get(run) is sequence:
+                self._apply(Cancelled(run))
+                self._fail(run, str(error))
+            return
+        stage.taken_over = True
+        if self._sequences.get(run) is not sequence:
+            self._pool.release(run)
+            return
+        if stage.unpublished:
+            self._pool.put_end(run, stage.unpublished)
+        if not sequence.cancelled:
+            self._apply(Extended(run, len(sequence.tokens)))
 
     def _for_one_chunk(self, plan: PrefixPlan, num_tokens: int) -> PrefixPlan:
         """Only the first step hides what is still coming."""
@@ -226,18 +291,16 @@ class InstanceBody:
                 case Publish(request_id=run, first=first, pages=pages):
                     sequence, tokens = self._sequences[run], self._block_tokens
                     keyed = tuple(KeyedSlot(sequence.key(index, tokens), page) for index, page in enumerate(pages, first))
-                    self._pool.put_end(run, keyed)
+                    self._publish(sequence, keyed)
                 case HandOff(request_id=run, pages=pages):
                     self._forget(run)
                     self._spawn(self._hand_off(run, pages))
                 case Release(request_id=run, pages=pages):
-                    self._forget(run)
-                    self._pool.release(run, pages)
+                    self._leave(run, pages)
                 case Preempt(request_id=run, pages=pages):
                     self._preempt(self._sequences[run], pages)
                 case Starved(request_id=run, pages=pages, waited_s=waited_s):
-                    self._forget(run)
-                    self._pool.release(run, pages)
+                    self._leave(run, pages)
                     self._fail(run, f"no KVCache block became free for {waited_s:.0f} s; give the pool more --dram")
                 case NeedPages(count=count):
                     self._spawn(self._need_pages(count))
@@ -245,6 +308,12 @@ class InstanceBody:
                     self._pool.revoke(pages)
                 case _:
                     raise AssertionError(f"the Batcher said {command!r}")
+
+    def _publish(self, sequence: _Sequence, blocks: tuple[KeyedSlot, ...]) -> None:
+        if sequence.stage is None or sequence.stage.taken_over:
+            self._pool.put_end(sequence.request.run, blocks)
+        else:
+            sequence.stage.unpublished += blocks
 
     async def _hand_off(self, run: str, pages: tuple[int, ...]) -> None:
         try:
@@ -256,12 +325,31 @@ class InstanceBody:
         self._tell(HandedOff(run, self._info.id))
 
     def _preempt(self, sequence: _Sequence, pages: tuple[int, ...]) -> None:
-        """Give everything back and queue the sequence again, to be recomputed here from its tokens so far."""
+        """Give everything back and queue the sequence again, to be recomputed here from its tokens so far. A stage does not
+        come back: the others would have to start anew, too.
+        """
+        if sequence.stage is not None:
+            self._leave(sequence.request.run, pages)
+            self._fail(sequence.request.run, "a pipeline was stopped for lack of KVCache blocks")
+            return
         self._pool.release(sequence.request.run, pages)
         sequence.submitted = False
         if sequence.phase is Phase.DECODE:
             sequence.phase = Phase.BOTH
         self._parked[sequence.request.run] = None
+
+    def _leave(self, run: str, pages: tuple[int, ...]) -> None:
+        """The run is over here: give back what is this instance's."""
+        sequence = self._sequences[run]
+        self._forget(run)
+        if sequence.stage is None or sequence.stage.taken_over:
+            self._pool.release(run, pages)
+        self._leave_pipeline(sequence)
+
+    def _leave_pipeline(self, sequence: _Sequence) -> None:
+        """Its slots may go back, as far as this instance is concerned; a stage that is through has said so already."""
+        if sequence.stage is not None and sequence.stage.computed < len(sequence.tokens):
+            self._tell(StageLeft(sequence.request.run, self._info.id))
 
     def _forget(self, run: str) -> None:
         """The run has left; who was preempted longest ago may come back: a lease taken earlier would pin what was freed."""
@@ -292,6 +380,9 @@ class InstanceBody:
                 step = self._steps.get_nowait()
             slices = [self._slice(chunk) for chunk in (*self._batcher.decode_chunks(), *step.chunks)]
             result = await self._compute(slices)
+            for part in slices:
+                if part.stage is not None:
+                    self._stage_computed(part)
             outputs = tuple(self._grow(run, sampled) for run, sampled in result.tokens.items())
             finished = tuple(out.run for out in outputs if out.finish is not None)
             started_s, since_s = since_s, self._clock()
@@ -302,6 +393,17 @@ class InstanceBody:
             if self._pauses:
                 await asyncio.sleep(max(0.0, min(result.seconds, self._max_gap_s - result.seconds)))
                 since_s = self._clock()
+
+    def _stage_computed(self, part: SequenceSlice) -> None:
+        """Tell how far a stage is. The last, when it is through, has a sequence like any other."""
+        sequence = self._sequences[part.request_id]
+        stage = sequence.stage
+        if stage is None or sequence.cancelled:
+            return
+        stage.computed = part.start + len(part.tokens)
+        if stage.plan.is_last and stage.computed == len(sequence.tokens):
+            sequence.stage = None
+        self._tell(StageComputed(part.request_id, self._info.id, stage.computed))
 
     def _have_landed(self, slices: list[SequenceSlice]) -> bool:
         """Whether the step may have waited for blocks from elsewhere; those of its sequences are here now."""
@@ -318,6 +420,7 @@ class InstanceBody:
             except KvLost as lost:
                 slices = [s for s in slices if s.request_id not in lost.request_ids]
                 for run in lost.request_ids:
+                    self._sequences[run].cancelled = True
                     self._apply(Cancelled(run))
                     self._fail(run, str(lost))
         return StepResult({}, 0.0)
@@ -330,6 +433,7 @@ class InstanceBody:
             start=chunk.start,
             pages=chunk.pages,
             sampling=sequence.request.sampling if chunk.samples else None,
+            stage=sequence.stage.part(chunk.start, self._engine.spec) if sequence.stage is not None else None,
         )
 
     def _grow(self, run: str, sampled: SampledToken) -> TokenOut:

@@ -43,12 +43,31 @@ class PrefixPlan(Struct, frozen=True):
     hidden_s: float = 0.0
 
 
+class StagePlan(Struct, frozen=True):
+    """A run's part in a chunked pipeline: stage `number` of `num_stages`, each on an instance of its own, all on one node.
+
+    All stages write their layers' KV into the same `pages`, which are for the whole prompt and hold its first `cached` tokens.
+    The residual stream goes through slots of the pool, too: stage i writes `mail[i]` and stage i + 1 reads it, a row for each
+    token that is not cached. The last stage is told first, without these, and says PipelineReady with them.
+    """
+
+    number: int
+    num_stages: int
+    cached: int = 0
+    pages: tuple[int, ...] = ()
+    mail: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def is_last(self) -> bool:
+        return self.number == self.num_stages - 1
+
+
 class RunRequest(Message, frozen=True):
     """Run a request: `run` names this attempt at it, on every instance that takes part, and its lease in the pool.
 
     `tokens` (uint32, little-endian) are the prompt and what was sent to the client before (a request that moved). `rank` is its
     prompt's place in the queue. `prefix` says what to bring before a prefill; a hand-off waits in the pool of node `source`
-    (None: this instance's own).
+    (None: this instance's own). With a `stage` the prompt is computed by a pipeline.
     """
 
     run: str
@@ -63,6 +82,18 @@ class RunRequest(Message, frozen=True):
     prefix: PrefixPlan | None = None
     source: str | None = None
     tenant: str = ""
+    stage: StagePlan | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) // 4
+
+
+class ExtendRun(Message, frozen=True):
+    """The stage before has computed the first `available` tokens of the run's prompt."""
+
+    run: str
+    available: int
 
 
 class CancelRun(Message, frozen=True):
@@ -106,6 +137,29 @@ class StepOutput(Message, frozen=True):
 
 class HandedOff(Message, frozen=True):
     """The run's KV is complete and on offer in the pool."""
+
+    run: str
+    instance: str
+
+
+class PipelineReady(Message, frozen=True):
+    """The last stage of a pipeline has brought the prefix, and put pages for the prompt and slots for the mail on offer."""
+
+    run: str
+    instance: str
+    plan: StagePlan
+
+
+class StageComputed(Message, frozen=True):
+    """A stage has computed the first `available` tokens of a prompt; with all of them it has done its part."""
+
+    run: str
+    instance: str
+    available: int
+
+
+class StageLeft(Message, frozen=True):
+    """A stage has left its pipeline before the end, and writes nothing for it any more."""
 
     run: str
     instance: str
@@ -246,6 +300,7 @@ class EndInstance(Message, frozen=True):
 FromJoiner = HelloNode | NodeAlive | InstanceGone | LeaveNode
 ToJoiner = Welcome | NotWelcome | HubAlive | EndInstance | Goodbye
 
-ToInstance = RunRequest | CancelRun | Pace | Shutdown
-FromInstance = HelloInstance | StepOutput | HandedOff | RunFailed | InstanceReport | Progress
+ToInstance = RunRequest | ExtendRun | CancelRun | Pace | Shutdown
+FromStage = PipelineReady | StageComputed | StageLeft
+FromInstance = HelloInstance | StepOutput | HandedOff | RunFailed | InstanceReport | FromStage | Progress
 FromNode = FromInstance | HelloPool | BlocksChanged | PoolReport | OrderDone | FromJoiner
