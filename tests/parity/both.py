@@ -36,6 +36,7 @@ class Case:
     num_slots: int = 4096
     max_batch: int = 16
     low_share: float = 1.0
+    max_stages: int = 1
 
     @property
     def cluster(self) -> ClusterSpec:
@@ -54,6 +55,7 @@ class Case:
             memory=MemoryKind.SHARED,
             low_share=self.low_share,
             heartbeat_s=0.5,
+            max_stages=self.max_stages,
         )
 
 

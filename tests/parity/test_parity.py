@@ -63,6 +63,16 @@ def test_both_bodies_decide_alike(split: str, scheduler: str) -> None:
         assert_same(live, simulated(case, trace, max_repeats=max_repeats))
 
 
+@pytest.mark.parametrize("split", ["4P1D", "3P1D2M"])
+def test_both_bodies_run_the_same_pipelines(split: str) -> None:
+    parts = strategy("kvasir").with_parts(roles="static", admission="off").live(32)
+    case, trace = Case(split, parts, Slo(0.008, 0.1), max_stages=4), conversations(seed=4, count=150, rate=10.0)
+    live = lived(case, trace)
+    assert sum(len(decision.candidates[0].group) > 1 for decision in live) > 20
+    for max_repeats in (1, 1 << 20):
+        assert_same(live, simulated(case, trace, max_repeats=max_repeats))
+
+
 @pytest.mark.parametrize("eviction", ["lru", "cost-aware"])
 def test_a_pool_that_must_evict_does_so_alike(eviction: str) -> None:
     """The trace's blocks are more than the pool holds, so a wrong victim is a wrong prefix later."""

@@ -86,6 +86,7 @@ def test_noise_makes_steps_longer_and_shorter() -> None:
     ("bad", "message"),
     [
         ({"hand_off_s": -0.1}, "cluster tiny: hand_off_s: got -0.1, expected 0 or more"),
+        ({"max_stages": 0}, r"cluster tiny: max_stages: got 0, expected at least 1"),
         ({"step_noise": (1.0, 0.0)}, r"cluster tiny: step_noise: got \(1.0, 0.0\), expected numbers above 0"),
     ],
 )

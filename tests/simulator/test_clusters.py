@@ -132,6 +132,12 @@ def test_a_model_is_a_name_a_table_or_a_directory() -> None:
     assert seen == ["./mine"]
 
 
+def test_pipelines_can_be_kept_short_and_on_one_node() -> None:
+    assert (load().max_stages, load().stages_on_one_node) == (None, False)
+    cluster = load(stages="2", stages_on_one_node="true")
+    assert (cluster.max_stages, cluster.stages_on_one_node) == (2, True)
+
+
 def test_steps_can_be_uneven_and_hand_offs_slow() -> None:
     assert (load().hand_off_s, load().step_noise) == (0.0, ())
     cluster = load(hand_off='"5ms"', step_noise="[0.9, 1, 1.3]")
@@ -201,6 +207,7 @@ def test_none_of_a_role_may_be_said() -> None:
             "cluster mine: costs: got 'guess', expected roofline, reference or { profile = 'file.json' }",
         ),
         ({"heartbeat": "0"}, "cluster mine: heartbeat: got 0, expected more than 0"),
+        ({"stages": "0"}, "cluster mine: stages: got 0, expected at least 1"),
         ({"step_noise": "[1.0, 0.0]"}, "cluster mine: step_noise: got 0, expected more than 0"),
         ({"step_noise": "1.1"}, "cluster file: step_noise: expected array, got 1.1"),
         (

@@ -6,8 +6,9 @@ import msgspec
 import pytest
 
 from kvasir.core.errors import ConfigError
-from kvasir.core.request import Role
+from kvasir.core.request import Role, Slo
 from kvasir.report.timeline import Status
+from kvasir.scheduling.strategy import strategy
 from kvasir.simulator import SimConfig
 from kvasir.simulator.faults import Fault, FaultKind, fault_plan
 from kvasir.simulator.spec import MemoryKind
@@ -87,6 +88,22 @@ def test_every_request_has_one_outcome_whatever_breaks(memory: MemoryKind, layer
     assert ok.sum() > 100
     again = play(played, spec, faults=faults, config=config, seed=seed)
     assert msgspec.json.encode(again.to_json()) == msgspec.json.encode(run.to_json())
+
+
+@pytest.mark.parametrize("kv_tokens", [40_000, 8_000])
+@pytest.mark.parametrize("seed", range(6))
+def test_pipelines_in_shared_pages_leave_nothing_behind_whatever_breaks(kv_tokens: int, seed: int) -> None:
+    spec = cluster(
+        [P, P, P, P, D], kv_tokens=kv_tokens, dram_tokens=kv_tokens, memory=MemoryKind.SHARED, same_node=True, max_batch=8
+    )
+    spec = msgspec.structs.replace(spec, max_stages=4)
+    faults = [f for f in fault_plan(Random(seed), spec, span_s=60.0, count=24, mean_duration_s=1.0) if f.target != "n0"]
+    hurried = strategy("kvasir").with_parts(admission="off", roles="static").live(100)
+    config = SimConfig(max_tokens=64, keep_decisions=True)
+    run = play(random_trace(seed, 150, rate=2.0), spec, hurried, faults=faults, config=config, seed=seed, slo=Slo(0.3, 1.0))
+    assert run.decisions is not None
+    assert sum(len(decision.candidates[0].group) > 1 for decision in run.decisions if decision.candidates) > 10
+    assert run.records.is_(Status.OK).sum() > 100
 
 
 @pytest.mark.parametrize("policy", ["random", "round-robin", "least-loaded", "local", "mooncake", "kvasir"])

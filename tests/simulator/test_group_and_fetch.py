@@ -7,7 +7,7 @@ import pytest
 
 from kvasir.core import commands as cmd
 from kvasir.core.commands import Candidate, Command, Decision
-from kvasir.core.events import Arrived, BlocksRemoved, BlocksStored, Event, Finished, PrefillDone
+from kvasir.core.events import Arrived, BlocksRemoved, BlocksStored, Event, Failed, Finished, PrefillDone
 from kvasir.core.keys import BlockKey
 from kvasir.core.request import FinishReason, Request, Role, Slo
 from kvasir.core.tier import Tier
@@ -15,7 +15,7 @@ from kvasir.scheduling.strategy import strategy
 from kvasir.simulator import SimConfig, Simulation
 from kvasir.simulator.faults import Fault, FaultKind
 from kvasir.simulator.run import Run
-from kvasir.simulator.spec import ClusterSpec
+from kvasir.simulator.spec import ClusterSpec, MemoryKind
 from kvasir.workload.trace import Trace
 from tests.simulator.tiny import FLAT, cluster, play, trace
 
@@ -115,6 +115,30 @@ def test_a_pipeline_computes_only_what_is_not_cached() -> None:
     run = scripted(trace((0.0, 250, 1, (1, 2, 3)), (1.0, 400, 1, (1, 2, 4, 5))), spec, Script(plans, "i1"), chunk_tokens=100)
     assert run.records.cached_tokens.tolist() == [0, 200]
     assert run.records.ttft_s[1] == pytest.approx(3 * 0.05)
+
+
+def test_stages_that_share_their_pages_store_when_all_layers_are_there() -> None:
+    spec = cluster([P, P, D], costs=FLAT, memory=MemoryKind.SHARED, same_node=True)
+    script = Script([plan("i1", group=("i0", "i1"))], decode="i2")
+    run = scripted(trace((0.0, 400, 3, (1, 2, 3, 4))), spec, script, chunk_tokens=100)
+    assert run.records.ttft_s[0] == pytest.approx(5 * 0.05)
+    stored = [(round(at, 9), len(event.keys)) for at, event in script.events if isinstance(event, BlocksStored)]
+    assert stored == [(4 * 0.05, 3), (5 * 0.05, 1)]  # the first stage is through at 0.2 s
+
+
+def test_a_pipeline_that_finds_no_room_for_its_prompt_fails() -> None:
+    spec = cluster([P, P, D], costs=FLAT, memory=MemoryKind.SHARED, same_node=True, kv_tokens=500, dram_tokens=500)
+    failed: list[Event] = []
+
+    def again(event: Event) -> list[Command]:
+        if not isinstance(event, Failed):
+            return []
+        failed.append(event)
+        return [cmd.Fail(event.request_id, "script", "enough")]
+
+    script = Script([plan("i1", group=("i0", "i1"))], "i2", again)
+    scripted(trace((0.0, 600, 3, (1, 2, 3, 4, 5, 6))), spec, script, chunk_tokens=100)
+    assert [event.error for event in failed if isinstance(event, Failed)] == ["its node has no room for a pipeline"]
 
 
 def test_a_fetch_without_overlap_comes_before_the_prefill() -> None:

@@ -26,13 +26,15 @@ QUEUED_EACH: Final = 64
 
 
 def conductor(strategy: Strategy, cluster: ClusterSpec, config: SimConfig, slo: Slo | ScaledSlo, rng: Random) -> Conductor:
+    is_shared = cluster.memory is MemoryKind.SHARED
     settings = ConductorConfig(
         kv_bytes_per_token=cluster.kv_bytes_per_token,
         block_tokens=cluster.block_tokens,
         load_bandwidth=max((node.ssd_read_bandwidth for node in cluster.nodes if node.ssd_tokens), default=0.0),
         shares_cores=cluster.low_share is not None,
         layerwise=config.layerwise,
-        max_stages=len(cluster.instances) if cluster.memory is MemoryKind.DEVICE else 1,
+        max_stages=cluster.max_stages or (1 if is_shared else len(cluster.instances)),
+        stages_on_one_node=is_shared or cluster.stages_on_one_node,
     )
     if config.expected_output_tokens is not None:
         settings = replace(settings, expected_output_tokens=config.expected_output_tokens)

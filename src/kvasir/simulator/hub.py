@@ -162,6 +162,10 @@ class SimHub(Listener):
             self.asked_blocks += len(job.keys)
             self.found_blocks += blocks
             self._hot.hit(job.keys[:blocks])
+        last = attempt.stages[-1]
+        if len(attempt.stages) > 1 and not last.instance.memory.share(attempt.stages):
+            self.failed(last, "its node has no room for a pipeline")
+            return
         for seq in attempt.stages:
             seq.prefix_tokens = tokens
             if seq is not attempt.stages[0]:

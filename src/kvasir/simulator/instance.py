@@ -139,6 +139,8 @@ class SimInstance:
         if seq.is_cancelled or self.sequences.get(seq.name) is not seq:
             return
         seq.available = tokens
+        if tokens == seq.num_tokens and seq.stage is None:
+            self.memory.take_over(seq)
         if seq.is_submitted:
             self._cut_short()
             self._carry_out(self.batcher.extend(seq.name, tokens, self._agenda.now))
@@ -273,6 +275,11 @@ class SimInstance:
 
     def _preempt(self, command: Preempt) -> None:
         seq = self.sequences[command.request_id]
+        if self.memory.is_shared(seq):  # the other stages would have to start anew, too
+            self.memory.release(seq, command.pages)
+            self._forget(seq)
+            self._listener.failed(seq, "a pipeline was stopped for lack of KVCache blocks")
+            return
         self.memory.release(seq, command.pages)
         self._decoding.remove(seq)
         seq.is_submitted = seq.is_adopted = False

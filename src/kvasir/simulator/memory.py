@@ -62,6 +62,20 @@ class Memory(ABC):
         """As `place`, for a hand-off that is on offer on this node (`is_local`) or has come from another."""
 
     @abstractmethod
+    def share(self, stages: list[Seq]) -> bool:
+        """Where a pipeline's stages share their pages, give them those of the whole prompt. False when there is no room for
+        them here, where the last stage is.
+        """
+
+    @abstractmethod
+    def take_over(self, seq: Seq) -> None:
+        """The stages before the sequence, which is the last, are through: what it has published so far can be seen."""
+
+    @abstractmethod
+    def is_shared(self, seq: Seq) -> bool:
+        """Whether other stages of a pipeline write into the sequence's pages, too."""
+
+    @abstractmethod
     def reserve(self, count: int) -> tuple[int, ...]: ...
 
     @abstractmethod
@@ -115,8 +129,13 @@ class Memory(ABC):
 class SharedMemory(Memory):
     """Pages are the pool's slots, as live on a CPU: a prefix is leased, a hand-off on one node changes only the lease's owner.
 
-    Blocks with output in them have keys that nobody else can ask for, since a trace does not say what was output.
+    Blocks with output in them have keys that nobody else can ask for, since a trace does not say what was output. What the last
+    stage of a pipeline publishes is held back until the others are through, as live.
     """
+
+    def __init__(self, node: SimNode, owner: str, epoch: int, block_tokens: int):
+        super().__init__(node, owner, epoch, block_tokens)
+        self._held_back: dict[str, tuple[KeyedSlot, ...]] = {}
 
     def open(self, seq: Seq) -> int:
         usable = self._usable(seq)
@@ -163,6 +182,29 @@ class SharedMemory(Memory):
         self._node.offer(self._owner, self._epoch, seq.name, reserved.slots[full - slots :], math.inf)
         return True
 
+    def share(self, stages: list[Seq]) -> bool:
+        last = stages[-1]
+        wanted = -(-last.num_tokens // self._block_tokens) - len(last.pages)
+        slots = self.reserve(wanted)
+        if len(slots) < wanted:
+            self.revoke(slots)
+            return False
+        self._node.offer(self._owner, self._epoch, last.name, slots, math.inf)
+        self.adopt(last, last.num_tokens, is_local=True)
+        pages = [*last.pages, *slots]
+        for seq in stages:
+            seq.pages = pages
+        self._held_back[last.name] = ()
+        return True
+
+    def take_over(self, seq: Seq) -> None:
+        keyed = self._held_back.pop(seq.name, ())
+        if keyed:
+            self._node.handle(PutEnd(self._owner, self._epoch, seq.name, keyed))
+
+    def is_shared(self, seq: Seq) -> bool:
+        return seq.stage is not None or seq.name in self._held_back
+
     def reserve(self, count: int) -> tuple[int, ...]:
         answer = self._node.handle(PutStart(self._owner, self._epoch, count))
         assert isinstance(answer, Reserved), answer
@@ -174,13 +216,17 @@ class SharedMemory(Memory):
 
     def publish(self, seq: Seq, first: int, pages: tuple[int, ...]) -> None:
         keyed = tuple([KeyedSlot(self._key(seq, first + i), page) for i, page in enumerate(pages)])
-        self._node.handle(PutEnd(self._owner, self._epoch, seq.name, keyed))
+        if seq.name in self._held_back:
+            self._held_back[seq.name] += keyed
+        else:
+            self._node.handle(PutEnd(self._owner, self._epoch, seq.name, keyed))
 
     def offer(self, seq: Seq, pages: tuple[int, ...], deadline_s: float) -> None:
         self._node.offer(self._owner, self._epoch, seq.name, pages, deadline_s)
         seq.has_lease = False
 
     def release(self, seq: Seq, pages: tuple[int, ...]) -> None:
+        self._held_back.pop(seq.name, None)
         self._node.release(self._owner, self._epoch, seq.name, pages)
         seq.has_lease = False
 
@@ -243,6 +289,15 @@ class DeviceMemory(Memory):
         if pages is not None and is_local:
             self._node.close(seq.name)
         return pages
+
+    def share(self, stages: list[Seq]) -> bool:
+        return True
+
+    def take_over(self, seq: Seq) -> None:
+        pass
+
+    def is_shared(self, seq: Seq) -> bool:
+        return False
 
     def reserve(self, count: int) -> tuple[int, ...]:
         free = self._free

@@ -307,6 +307,8 @@ def check_cluster(cluster: ClusterSpec) -> None:
             raise ConfigError(f"instance {instance.id}: kv_tokens: got {instance.kv_tokens}, expected at least two blocks")
     if not 0 <= cluster.hand_off_s < math.inf:
         raise ConfigError(f"cluster {cluster.name}: hand_off_s: got {cluster.hand_off_s}, expected 0 or more")
+    if cluster.max_stages is not None and cluster.max_stages < 1:
+        raise ConfigError(f"cluster {cluster.name}: max_stages: got {cluster.max_stages}, expected at least 1")
     if not all(0 < factor < math.inf for factor in cluster.step_noise):
         raise ConfigError(f"cluster {cluster.name}: step_noise: got {cluster.step_noise}, expected numbers above 0")
     for node in cluster.nodes:

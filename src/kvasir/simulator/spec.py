@@ -51,6 +51,8 @@ class ClusterSpec(Struct, frozen=True):
     With a `low_share` the instances of a node compute on the same cores, prefill instances at low priority: this is their
     share of the cores while another instance of the node computes (`simulator/cores.py`); 1 if they do not disturb each other.
     The other then has `normal_share` of its undisturbed speed.
+    A pipeline has at most `max_stages` (None: what the policy makes of it; 1 where memory is shared), all on one node with
+    `stages_on_one_node`, as live. With shared memory they always are, and write into the same pages.
     A hand-off takes `hand_off_s` after its last byte, for messages. A step takes as many times as long as it costs as one of
     `step_noise` says, drawn anew for each; without any, what it costs.
     """
@@ -69,3 +71,5 @@ class ClusterSpec(Struct, frozen=True):
     normal_share: float = 1.0
     hand_off_s: float = 0.0
     step_noise: tuple[float, ...] = ()
+    max_stages: int | None = None
+    stages_on_one_node: bool = False

@@ -84,6 +84,8 @@ class ClusterTable(Struct, frozen=True, forbid_unknown_fields=True):
     report_delay: float | str = "0s"
     hand_off: float | str = "0s"
     step_noise: list[float] = []
+    stages: int | None = None
+    stages_on_one_node: bool = False
 
 
 def parse(text: str) -> ClusterTable:

@@ -61,6 +61,8 @@ def _cluster(
 ) -> ClusterSpec:
     for key in ("instances", "block_tokens", "max_batch"):
         at_least_one(key, getattr(table, key))
+    if table.stages is not None:
+        at_least_one("stages", table.stages)
     shape = _model(table.model, model_at)
     node_hardware = _with_network(_hardware(table.hardware), table)
     per_instance = _share(node_hardware, table.instances)
@@ -79,6 +81,8 @@ def _cluster(
         report_delay_s=seconds("report_delay", table.report_delay),
         hand_off_s=seconds("hand_off", table.hand_off),
         step_noise=tuple(positive("step_noise", factor) for factor in table.step_noise),
+        max_stages=table.stages,
+        stages_on_one_node=table.stages_on_one_node,
     )
 
 
