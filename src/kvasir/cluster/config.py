@@ -93,7 +93,7 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         int,
         _about(
             "A prompt that one instance cannot answer in time is prefilled by a pipeline of up to so many on a node (1: never);"
-            " for instances with a GPU each, or cores of their own. Policy kvasir, and models with a forward of our own."
+            " for instances with a GPU each, or --threads to themselves. Policy kvasir, models with a forward of our own."
         ),
     ] = 1
     eviction: Annotated[
