@@ -12,8 +12,9 @@ import pytest
 from kvasir.cluster.hub import Hub
 from kvasir.cluster.messages import StepOutput, TokenOut
 from kvasir.cluster.service import RequestFailed, Submission
-from kvasir.core.commands import Decision
+from kvasir.core.commands import Command, Decision, SetRole
 from kvasir.core.errors import RequestError
+from kvasir.core.events import Event, NodeLost
 from kvasir.core.request import FinishReason, Role
 from kvasir.costs.fitted import FittedCost, PrefillFit
 from tests.cluster.harness import BLOCK, COSTS, Cluster, answer, cluster, default_brains, expected, submission
@@ -175,6 +176,27 @@ def test_a_last_token_that_arrives_after_its_instance_died_ends_the_request() ->
             assert (await asked)[0][-1] == 5
             found.start("decode-0", Role.DECODE, 2)
             await asyncio.sleep(1.0)
+            await settled(found)
+
+    run_virtual(scenario())
+
+
+def test_an_instance_that_dies_while_its_role_changes_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with cluster(MANY) as found:
+            handle = found.conductor.handle
+
+            def with_a_change(event: Event, now: float) -> list[Command]:
+                changes: list[Command] = [SetRole("prefill-1", Role.MIXED)] if isinstance(event, NodeLost) else []
+                return [*handle(event, now), *changes]
+
+            monkeypatch.setattr(found.conductor, "handle", with_a_change)
+            found.hub.lose_node("elsewhere")
+            found.kill("prefill-1")
+            await asyncio.sleep(1.0)
+            assert "prefill-1" not in {instance.id for instance in found.conductor.instances}
+            prompt = prompt_of(15, 300)
+            assert (await answer(found.hub, submission("r", prompt, 10)))[0] == expected(prompt, 10)
             await settled(found)
 
     run_virtual(scenario())

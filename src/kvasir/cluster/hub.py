@@ -459,7 +459,7 @@ class Hub:
                     known = self._instances[instance]
                     known.info = replace(known.info, role=role)
                     self._log.info("role changed", instance=instance, role=role.value)
-                    asyncio.get_running_loop().call_soon(self._apply, InstanceJoined(known.info))
+                    asyncio.get_running_loop().call_soon(self._confirm_role, known.info)
                 case commands.Replicate(source=source, target=target, keys=keys):
                     self._counters["replications"] += 1
                     self._send(pool_name(target), CopyBlocks(source, keys))
@@ -467,6 +467,12 @@ class Hub:
                     self._send(pool_name(node), Resync())
                 case _:
                     raise AssertionError(f"the Conductor said {command!r}")
+
+    def _confirm_role(self, info: InstanceInfo) -> None:
+        """Unless the instance was lost, or has another role by now: whoever is gone must not join again."""
+        known = self._instances.get(info.id)
+        if known is not None and known.info == info:
+            self._apply(InstanceJoined(info))
 
     def _prefill(self, command: Prefill) -> None:
         live, instance = self._live[command.request_id], command.instance
