@@ -223,22 +223,23 @@ def test_what_no_instance_could_run_is_refused_before_it_reaches_one(prompt: lis
     run_virtual(scenario())
 
 
+async def die_and_come_back(found: Cluster, roles: dict[str, Role], seed: int) -> None:
+    """One instance after the other, for a while each."""
+    rng = Random(seed)
+    for epoch in range(2, 10):
+        await asyncio.sleep(rng.uniform(0.1, 1.0))
+        name = rng.choice(sorted(found.batchers))
+        found.kill(name)
+        await asyncio.sleep(rng.uniform(0.0, 0.5))
+        found.start(name, roles[name], epoch)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_instances_die_and_come_back_and_every_stream_goes_on(seed: int) -> None:
     async def scenario() -> None:
         async with cluster(MANY, num_slots=1024) as found:
-            rng = Random(seed)
-
-            async def chaos() -> None:
-                for epoch in range(2, 10):
-                    await asyncio.sleep(rng.uniform(0.1, 1.0))
-                    name = rng.choice(sorted(found.batchers))
-                    found.kill(name)
-                    await asyncio.sleep(rng.uniform(0.0, 0.5))
-                    found.start(name, MANY[name], epoch)
-
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(chaos())
+                tasks.create_task(die_and_come_back(found, MANY, seed))
                 tasks.create_task(run_traffic(found, seed=10 + seed, count=200))
             await settled(found)
 

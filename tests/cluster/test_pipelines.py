@@ -12,7 +12,7 @@ from kvasir.cluster.pipelines import Over, Pipelines
 from kvasir.core.commands import Decision
 from kvasir.core.request import Role, Sampling, Slo
 from tests.cluster.harness import BLOCK, Brains, Cluster, answer, cluster, default_brains, expected, node_of, submission
-from tests.cluster.test_bodies import prompt_of, run_traffic, settled
+from tests.cluster.test_bodies import die_and_come_back, prompt_of, run_traffic, settled
 from tests.cluster.virtual_time import run_virtual
 
 HURRY = 0.02
@@ -147,6 +147,37 @@ def test_a_client_that_goes_away_leaves_nothing(after_ms: int) -> None:
             gone.cancel()
             prompt = prompt_of(40, 640) + prompt_of(41, 100)
             assert (await answer(found.hub, submission("next", prompt, 20)))[0] == expected(prompt, 20)
+            await settled(found)
+
+    run_virtual(scenario())
+
+
+TWO_NODES = {f"prefill-{number}@node{number % 2}": Role.PREFILL for number in range(4)} | {
+    "decode-0": Role.DECODE,
+    "decode-1@node1": Role.DECODE,
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_stages_die_and_come_back_on_two_nodes_and_every_stream_goes_on(seed: int) -> None:
+    async def scenario() -> None:
+        num_slots = 2048 if seed % 2 else 128
+        async with cluster(TWO_NODES, num_slots=num_slots, brains=brains(num_slots=num_slots, ttft_s=0.008)) as found:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(die_and_come_back(found, TWO_NODES, seed))
+                tasks.create_task(run_traffic(found, seed=10 + seed, count=200, over_s=10.0))
+            assert found.hub.status().counters["pipelines"] > 20
+            await settled(found)
+
+    run_virtual(scenario())
+
+
+def test_a_node_that_dies_with_its_pipelines_costs_no_answer() -> None:
+    async def scenario() -> None:
+        async with cluster(TWO_NODES, num_slots=1024, brains=brains(num_slots=1024, ttft_s=0.008)) as found:
+            asyncio.get_running_loop().call_later(5.0, found.kill_node, "node1")
+            await run_traffic(found, seed=8, count=200, over_s=10.0)
+            assert found.hub.status().counters["pipelines"] > 20
             await settled(found)
 
     run_virtual(scenario())
