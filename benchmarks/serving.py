@@ -99,10 +99,14 @@ def cached(length: int) -> Case:
 
 
 def decode(batch: int, context: int = 512, output: int = 128) -> Case:
-    """Tokens a second while all `batch` sequences decode: from the last first token to the first last token."""
+    """Tokens a second while all `batch` sequences decode: from the last first token to the first last token.
+
+    Answers are longer the more prompts there are to compute first, or the first would have ended before the last began.
+    """
 
     async def measure(system: System, rng: Random) -> float:
-        runs = await asyncio.gather(*(stream(system, fresh(rng, context), output + 32) for _ in range(batch)))
+        tokens = output + 16 * batch
+        runs = await asyncio.gather(*(stream(system, fresh(rng, context), tokens) for _ in range(batch)))
         start = max(times[0] for _, times in runs)
         end = min(times[-1] for _, times in runs)
         count = sum(start < at <= end for _, times in runs for at in times)

@@ -20,6 +20,9 @@ from kvasir.engine.random_model import make_checkpoint
 from kvasir.engine.torch.config import quiet_transformers
 from kvasir.engine.torch.first_calls import make_first_calls
 from kvasir.engine.torch.kernels import Ops, TorchOps, load_ops
+from kvasir.engine.torch.kernels.cpp_ops import CppOps
+from kvasir.engine.torch.kernels.load import PACKAGE
+from kvasir.native.cpp import build
 
 GREEDY = Sampling(temperature=0.0)
 BLOCK_TOKENS = 16
@@ -141,12 +144,12 @@ def reference() -> Callable[[Path], Callable[[Sequence[int]], torch.Tensor]]:
     return load
 
 
-@pytest.fixture(params=["torch", "cpp"])
+@pytest.fixture(params=["torch", "cpp", "cpp, widening"])
 def ops(request: pytest.FixtureRequest) -> Ops:
-    """Both implementations of the operations."""
+    """The implementations of the operations."""
     if request.param == "torch":
         return TorchOps("under test")
     best = load_ops("cpu", head_dim=16)
     if best.name != "cpp":
         pytest.skip(best.reason)
-    return best
+    return CppOps(build(PACKAGE), widens="widening" in request.param)

@@ -18,6 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvasir.engine.torch.kernels import BatchLayout, KvLayout, KvView, Ops, TokenCopies, TorchOps, load_ops
+from kvasir.engine.torch.kernels.cpp_ops import CppOps
+from kvasir.engine.torch.kernels.load import PACKAGE
+from kvasir.native.cpp import build
 
 BF16, F32 = torch.bfloat16, torch.float32
 DTYPES = [pytest.param(F32, id="float32"), pytest.param(BF16, id="bf16")]
@@ -30,7 +33,8 @@ def _implementations() -> dict[str, tuple[Ops, str]]:
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
     best, on_gpu = load_ops("cpu"), load_ops("cuda")
     if best.name == "cpp":
-        found["cpp"] = best, "cpu"
+        found["cpp"] = CppOps(build(PACKAGE), widens=False), "cpu"
+        found["cpp, widening"] = CppOps(build(PACKAGE), widens=True), "cpu"
     if on_gpu.name == "triton" and (gpu == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
         found["triton"] = on_gpu, gpu
     return found
@@ -365,7 +369,7 @@ def test_attention_of_any_batch(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 17, 32, 64, 130])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 17, 32, 64, 130, 300])
 @pytest.mark.parametrize(("n", "k"), [(96, 64), (131, 77), (512, 1376)])
 def test_linear(ops: Ops, dtype: torch.dtype, packed: bool, tokens: int, n: int, k: int) -> None:
     x, weight, bias = torch.randn(tokens, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
@@ -459,7 +463,7 @@ def test_several_threads_may_call_at_once(ops: Ops) -> None:
             assert_close(done, expected, F32)
 
 
-@pytest.mark.parametrize("ops", [name for name in IMPLEMENTATIONS if name == "cpp"], indirect=True)
+@pytest.mark.parametrize("ops", [name for name in IMPLEMENTATIONS if name.startswith("cpp")], indirect=True)
 def test_a_child_process_has_helpers_of_its_own(ops: Ops) -> None:
     x, weight = torch.randn(1, 256).to(BF16), torch.randn(2048, 256).to(BF16)
     expected = ops.linear(x, weight)

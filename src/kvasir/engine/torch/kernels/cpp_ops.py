@@ -1,7 +1,9 @@
 """The operations by the C++ kernels, called through ctypes (which releases the GIL)."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ MAX_HEAD_DIM = 256
 # Up to this many tokens our own kernel streams the weight faster than oneDNN multiplies (docs/decisions/0001-cpu-attention.md).
 FEW_TOKENS_PACKED = 64
 FEW_TOKENS_PLAIN = 32
+WIDE_TOKENS = 16  # from so many tokens on arithmetic is what takes time, not reading the weight
 PACK_FOR_TOKENS = 512  # what oneDNN is told to expect; told of one token, it leaves float32 weights as they are
 
 _SIGNATURES: dict[str, list[Any]] = {  # ctypes' own types for its argument types are private
@@ -30,11 +33,25 @@ _SIGNATURES: dict[str, list[Any]] = {  # ctypes' own types for its argument type
     ],
     "kvasir_attention": [
         *[c_int, c_void_p, c_void_p, c_void_p, c_int, c_int],
-        *[c_void_p, c_int64, c_int, c_int, c_int, c_int, c_int, c_float, c_int, c_int],
+        *[c_void_p, c_int64, c_int, c_int, c_int, c_int, c_int, c_float, c_int, c_int, c_int],
     ],
     "kvasir_linear": [c_int, c_int, *[c_void_p] * 4, c_int, c_int, c_int, c_int],
+    "kvasir_linear_widened": [*[c_void_p] * 5, c_int, c_int, c_int, c_int],
     "kvasir_is_tiled": [c_int, c_void_p, c_void_p, c_int, c_int, c_int],
 }
+
+
+@cache
+def is_bf16_slow() -> bool:
+    """Whether bf16 dot products take longer than float32's: Intel's cores without AMX (docs/decisions/0001-cpu-attention.md).
+
+    By what the machine is and not by a clock, so that every process of it rounds alike.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        return False
+    with suppress(OSError):
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    return False
 
 
 class CppOps:
@@ -47,14 +64,19 @@ class CppOps:
 
     name = "cpp"
 
-    def __init__(self, library: Path) -> None:
-        self.reason = f"C++ kernels, {library.name}"
+    def __init__(self, library: Path, *, widens: bool | None = None) -> None:
+        """With `widens`, products of bf16 of many rows are computed in float32, exactly as wide as they are summed; None: where
+        that is faster.
+        """
+        self._widens = is_bf16_slow() if widens is None else widens
+        self.reason = f"C++ kernels, {library.name}" + (", bf16 by float32 arithmetic" if self._widens else "")
         loaded = CDLL(str(library))
         self._rms_norm = _function(loaded, "kvasir_rms_norm")
         self._silu_mul = _function(loaded, "kvasir_silu_mul")
         self._rope_and_store = _function(loaded, "kvasir_rope_and_store")
         self._attention = _function(loaded, "kvasir_attention")
         self._linear = _function(loaded, "kvasir_linear")
+        self._linear_widened = _function(loaded, "kvasir_linear_widened")
         self._is_tiled = _function(loaded, "kvasir_is_tiled")
         self._linear_by_onednn = torch.ops.mkldnn._linear_pointwise.default
 
@@ -111,7 +133,7 @@ class CppOps:
             *(batch.ints.data_ptr(), batch.num_seqs, batch.num_tokens),
             *(_layer_address(kv, layer), kv.slot_stride, kv.num_slots),
             *(heads, lay.num_kv_heads, lay.head_dim, lay.block_tokens),
-            *(scale, sliding_window or 0, torch.get_num_threads()),
+            *(scale, sliding_window or 0, self._widens, torch.get_num_threads()),
         )
         if failed:
             raise IndexError(f"attention: a slot of the block table is not among {kv.num_slots}")
@@ -127,6 +149,8 @@ class CppOps:
     def linear(self, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
         tokens = x.shape[0]
         if isinstance(weight, PackedWeight):
+            if self._widens and weight.address is not None and x.dtype is torch.bfloat16 and tokens >= WIDE_TOKENS:
+                return self._linear_in_float32(x, weight, bias)
             if tokens > FEW_TOKENS_PACKED or weight.address is None:
                 done: Tensor = self._linear_by_onednn(x, weight.data, bias, "none", [], "")
                 return done
@@ -142,6 +166,16 @@ class CppOps:
         self._linear(
             *(_is_bf16(x.dtype), isinstance(weight, PackedWeight)),
             *(x.data_ptr(), address, None if bias is None else bias.data_ptr(), out.data_ptr()),
+            *(tokens, n, k, torch.get_num_threads()),
+        )
+        return out
+
+    def _linear_in_float32(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+        tokens, n, k = x.shape[0], weight.out_features, weight.in_features
+        _expect(x, torch.bfloat16, shape=(tokens, k))
+        wide, out = torch.empty(x.shape, dtype=torch.float32), x.new_empty((tokens, n))
+        self._linear_widened(
+            *(x.data_ptr(), wide.data_ptr(), weight.address, None if bias is None else bias.data_ptr(), out.data_ptr()),
             *(tokens, n, k, torch.get_num_threads()),
         )
         return out

@@ -5,6 +5,9 @@
 //     rows of an item      query 0 head 0, query 0 head 1, ... query 1 head 0, ...   all query heads of the KV head
 //     keys of an item      [begin, end), walked kTileKeys at a time
 //
+// KV and queries are of type S, arithmetic is of type E: the same, or float32 for bf16, where the machine's bf16 dot product is
+// the slower one and enough rows share a tile of keys to pay for widening it.
+//
 // Only a lone query tile (decode) has its keys cut into several items, kSplitKeys each, whatever the number of
 // threads; their results are merged afterwards. Longest items come first, so that the cores finish together.
 #include <algorithm>
@@ -51,6 +54,17 @@ struct Running {
     float max, sum;
 };
 
+// float32 whose results are rounded to bf16.
+struct Wide : F32 {
+    static constexpr int exp2_degree = Bf16::exp2_degree;
+};
+
+// A tile of keys and values in float32: 16 tokens of all dimensions, [dim][16] of keys and [16][dim] of values, after another.
+struct Widened {
+    alignas(64) float keys[kTileKeys * kMaxHeadDim];
+    alignas(64) float values[kTileKeys * kMaxHeadDim];
+};
+
 template <class E> struct Scratch {
     static constexpr int kQueryStride = kMaxHeadDim / E::pair + 8;  // units; off a power of two for the cache's sets
     static constexpr int kWeightStride = kTileKeys / E::pair;
@@ -61,19 +75,20 @@ template <class E> struct Scratch {
     Running running[kTileRows];
     const unit* keys[kTileKeys / kLanes + kAhead];  // of each 16 tokens of the tile and of some after it
     const unit* values[kTileKeys / kLanes + kAhead];
-    int num_ahead;  // how many of these may be asked for early, from 0 on
+    int key_stride;  // units from one unit of K to the next
+    int num_ahead;   // how many of these may be asked for early, from 0 on
 };
 
 // scores[r][0 .. 16 * columns) = q.k of `R` rows against the tile's keys, 16 in a column.
 template <class E, int R> void score_rows(Scratch<E>& s, const Shape& shape, const unit* queries, int columns) {
-    const int units = shape.kv.head_dim / E::pair, block_tokens = shape.kv.block_tokens;
+    const int units = shape.kv.head_dim / E::pair;
     auto tile = [&](int column, auto size) {
         constexpr int C = decltype(size)::value;
         const unit* keys[C];
         UNROLL for (int c = 0; c < C; c++) keys[c] = s.keys[column + c];
         vf acc[R][C] = {};
         const int64_t ahead = column + kAhead < s.num_ahead ? s.keys[column + kAhead] - keys[0] : 0;
-        multiply<E, R, C>(acc, queries, Scratch<E>::kQueryStride, keys, block_tokens, units, ahead);
+        multiply<E, R, C>(acc, queries, Scratch<E>::kQueryStride, keys, s.key_stride, units, ahead);
         float* scores = s.scores + column * kLanes;
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int c = 0; c < C; c++) store(scores + r * kTileKeys + c * kLanes, acc[r][c]);
@@ -168,30 +183,66 @@ template <class E, int R> void attend_rows(Scratch<E>& s, const Shape& shape, co
     mix_rows<E, R>(s, shape, s.out + row * kMaxHeadDim, shrink, num_keys);
 }
 
-template <class E> void read_queries(Scratch<E>& s, const Shape& shape, const Item& item, const typename E::scalar* q) {
+template <class S, class E> void read_row(unit* to, const typename S::scalar* from, int dim) {
+    if constexpr (S::pair == E::pair) {
+        memcpy(to, from, dim * sizeof *from);
+    } else {
+        for (int d = 0; d < dim; d += kLanes) store(to + d, S::load16(from + d));
+    }
+}
+
+template <class S, class E> void read_queries(Scratch<E>& s, const Shape& shape, const Item& item,
+                                              const typename S::scalar* q) {
     const int rows = item.num_queries * item.num_heads, dim = shape.kv.head_dim;
     for (int r = 0; r < rows; r++) {
         const int64_t token = item.first_query + r / item.num_heads;
         const int head = item.kv_head * shape.group + item.first_head + r % item.num_heads;
-        memcpy(s.queries + r * Scratch<E>::kQueryStride, q + (token * shape.heads + head) * dim, dim * sizeof *q);
+        read_row<S, E>(s.queries + r * Scratch<E>::kQueryStride, q + (token * shape.heads + head) * dim, dim);
         memset(s.out + r * kMaxHeadDim, 0, dim * sizeof(float));
         s.running[r] = {kHidden, 0.0f};
     }
 }
 
-template <class E> void attend(Scratch<E>& s, const Shape& shape, const Batch& batch, const Item& item,
-                               const typename E::scalar* q) {
+// The tile's keys and values are these from here on, in float32.
+void widen(Scratch<Wide>& s, Widened& tile, const Shape& shape, int columns) {
+    const int dim = shape.kv.head_dim;
+    for (int c = 0; c < columns; c++) {
+        float *keys = tile.keys + (int64_t)c * kLanes * dim, *values = tile.values + (int64_t)c * kLanes * dim;
+        for (int u = 0; u < dim / 2; u++) {
+            vu pair = load<vu>(s.keys[c] + (int64_t)u * s.key_stride);
+            store(keys + (2 * u) * kLanes, low_half(pair));
+            store(keys + (2 * u + 1) * kLanes, high_half(pair));
+        }
+        for (int t = 0; t < kLanes / 2; t++)
+            for (int d = 0; d < dim; d += kLanes) {
+                vu pair = load<vu>(s.values[c] + (int64_t)t * dim + d);
+                store(values + (2 * t) * dim + d, low_half(pair));
+                store(values + (2 * t + 1) * dim + d, high_half(pair));
+            }
+        s.keys[c] = (const unit*)keys;
+        s.values[c] = (const unit*)values;
+    }
+    s.key_stride = kLanes;
+}
+
+template <class S, class E> void attend(Scratch<E>& s, const Shape& shape, const Batch& batch, const Item& item,
+                                        const typename S::scalar* q) {
     const int rows = item.num_queries * item.num_heads, block_tokens = shape.kv.block_tokens;
     const int32_t* table = batch.table + batch.table_start[item.seq];
-    read_queries<E>(s, shape, item, q);
+    read_queries<S, E>(s, shape, item, q);
     for (int start = item.begin; start < item.end; start += kTileKeys) {
         const int num_keys = std::min(kTileKeys, item.end - start);
         const int num_columns = (std::min(kTileKeys + kAhead * kLanes, item.end - start) + kLanes - 1) / kLanes;
         s.num_ahead = rows <= kFewRows ? num_columns : 0;
+        s.key_stride = block_tokens;
         for (int c = 0; c < num_columns; c++) {
             const int token = start + c * kLanes, slot = table[token / block_tokens], offset = token % block_tokens;
             s.keys[c] = (const unit*)shape.kv.keys(slot, item.kv_head) + offset;
-            s.values[c] = (const unit*)shape.kv.values(slot, item.kv_head) + offset / E::pair * shape.kv.head_dim;
+            s.values[c] = (const unit*)shape.kv.values(slot, item.kv_head) + offset / S::pair * shape.kv.head_dim;
+        }
+        if constexpr (S::pair != E::pair) {
+            static thread_local Widened tile;
+            widen(s, tile, shape, (num_keys + kLanes - 1) / kLanes);
         }
         for (int row = 0, groups = (rows + kMaxRows - 1) / kMaxRows; row < rows; groups--) {
             const int size = (rows - row + groups - 1) / groups;  // 7 rows are 4 and 3, not 6 and 1
@@ -225,12 +276,12 @@ struct Partials {
     Running* running(int partial, int rows) { return (Running*)(sums(partial) + (int64_t)rows * dim); }
 };
 
-template <class E> void finish(Scratch<E>& s, const Shape& shape, const Item& item, Partials& partials,
-                               typename E::scalar* out) {
+template <class S, class E> void finish(Scratch<E>& s, const Shape& shape, const Item& item, Partials& partials,
+                                        typename S::scalar* out) {
     const int rows = item.num_queries * item.num_heads, dim = shape.kv.head_dim;
     for (int r = 0; r < rows; r++) {
         if (item.partial < 0) {
-            write_output<E>(shape, item, r, s.out + r * kMaxHeadDim, s.running[r].sum, out);
+            write_output<S>(shape, item, r, s.out + r * kMaxHeadDim, s.running[r].sum, out);
         } else {
             memcpy(partials.sums(item.partial) + (int64_t)r * dim, s.out + r * kMaxHeadDim, dim * sizeof(float));
             partials.running(item.partial, rows)[r] = s.running[r];
@@ -301,18 +352,26 @@ Plan make_plan(const Shape& shape, const Batch& batch) {
     return plan;
 }
 
-template <class E> void attention(const void* q, void* out, const Shape& shape, const Batch& batch, int threads) {
-    typedef typename E::scalar scalar;
+template <class S, class E> void compute(const Shape& shape, const Batch& batch, const Item& item, Partials& partials,
+                                         const void* q, void* out) {
+    static thread_local Scratch<E> scratch;
+    attend<S, E>(scratch, shape, batch, item, (const typename S::scalar*)q);
+    finish<S, E>(scratch, shape, item, partials, (typename S::scalar*)out);
+}
+
+// W is what items of many rows are computed in.
+template <class S, class W> void attention(const void* q, void* out, const Shape& shape, const Batch& batch, int threads) {
+    typedef typename S::scalar scalar;
     Plan plan = make_plan(shape, batch);
     const int num_items = plan.items.size(), num_merges = plan.merges.size(), dim = shape.kv.head_dim;
     Partials partials{{}, (int64_t)plan.max_rows * (dim + 2), dim};
     partials.floats.resize(plan.num_partials * partials.stride);
     parallel_for(num_items, threads, [&](int i) {
-        static thread_local Scratch<E> scratch;
-        attend<E>(scratch, shape, batch, plan.items[i], (const scalar*)q);
-        finish<E>(scratch, shape, plan.items[i], partials, (scalar*)out);
+        const Item& item = plan.items[i];
+        const bool is_few = item.num_queries * item.num_heads <= kFewRows;
+        (is_few ? compute<S, S> : compute<S, W>)(shape, batch, item, partials, q, out);
     });
-    parallel_for(num_merges, threads, [&](int i) { merge<E>(shape, plan.merges[i], partials, (scalar*)out); });
+    parallel_for(num_merges, threads, [&](int i) { merge<S>(shape, plan.merges[i], partials, (scalar*)out); });
 }
 
 }  // namespace
@@ -323,13 +382,14 @@ using namespace kvasir;
 // 0, or 1 when a block table names a slot outside the arena (nothing is computed then).
 extern "C" int kvasir_attention(int is_bf16, const void* q, void* out, const int32_t* ints, int num_seqs, int num_tokens,
                                 char* kv_base, int64_t slot_stride, int num_slots, int heads, int kv_heads, int head_dim,
-                                int block_tokens, float scale, int window, int threads) {
+                                int block_tokens, float scale, int window, int is_widened, int threads) {
     Batch batch(ints, num_seqs, num_tokens);
     for (int i = 0; i < batch.table_start[num_seqs]; i++)
         if ((unsigned)batch.table[i] >= (unsigned)num_slots) return 1;
     int64_t head_bytes = (int64_t)head_dim * block_tokens * (is_bf16 ? 2 : 4);
     LayerKv kv{kv_base, slot_stride, head_bytes, num_slots, kv_heads, head_dim, block_tokens};
     Shape shape{kv, heads, heads / kv_heads, window, scale * 1.44269504f};
-    (is_bf16 ? attention<Bf16> : attention<F32>)(q, out, shape, batch, threads);
+    auto run = is_bf16 ? (is_widened ? attention<Bf16, Wide> : attention<Bf16, Bf16>) : attention<F32, F32>;
+    run(q, out, shape, batch, threads);
     return 0;
 }

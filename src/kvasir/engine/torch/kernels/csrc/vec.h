@@ -159,6 +159,10 @@ inline __attribute__((always_inline)) void multiply(vf (&acc)[R][C], const unit*
     }
 }
 
+// A pair of bf16 in each lane as two floats: exact.
+inline vf low_half(vu pair) { return (vf)(pair << 16); }
+inline vf high_half(vu pair) { return (vf)(pair & 0xffff0000u); }
+
 // f(integral_constant<n>) for the n at hand, 1 <= n <= Max: turns a tile's size into a compile-time one.
 template <int N> struct Size {
     static constexpr int value = N;
