@@ -270,7 +270,7 @@ def main() -> None:
         result = {
             "date": date.today().isoformat(),
             "machine": machine,
-            "command": " ".join(sys.argv),
+            "command": " ".join(["python -m benchmarks.serving", *sys.argv[1:]]),
             "rounds": arguments.rounds,
             "rows": rows,
         }
