@@ -19,7 +19,7 @@ from kvasir.scheduling.decode_choice import FULL, DecodeChoice, DecodeRule, leas
 from kvasir.scheduling.fleet import Fleet, shares_in
 from kvasir.scheduling.instance import Instance
 from kvasir.scheduling.policies.interface import PlacementOfFew
-from kvasir.scheduling.view import staged
+from kvasir.scheduling.view import by_node, staged
 
 FEW = 128
 """Instances up to which numbers are used: as machine code they are faster up to some hundred and fifty, else up to sixty."""
@@ -185,12 +185,7 @@ class FewView:
             known.wait_s, known.pace = book.wait_s(self._now, self._rank), book.pace
             free_s.append(NEVER_S if known.pace < 1.0 else known.wait_s)
         free_first = [self._of_all[row] for row in sorted(range(len(free_s)), key=free_s.__getitem__)]
-        if not self.stages_on_one_node:
-            return [free_first]
-        teams: dict[str, list[Prefiller]] = {}
-        for known in free_first:
-            teams.setdefault(known.instance.node, []).append(known)
-        return list(teams.values())
+        return by_node(free_first, lambda known: known.instance.node) if self.stages_on_one_node else [free_first]
 
     @property
     def num_prefillers(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ from kvasir.costs.quick import QuickCosts
 
 if TYPE_CHECKING:
     from kvasir.scheduling.few import FewView
+
+T = TypeVar("T")
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -262,12 +264,8 @@ class ClusterView(DecodeView, frozen=True, dict=True, kw_only=True):
         """
         prefills = self.prefills
         free_first: list[int] = np.argsort(np.where(prefills.pace < 1.0, np.inf, prefills.wait_s), kind="stable").tolist()
-        if self.stage_node is None:
-            return [free_first]
-        teams: dict[str, list[int]] = {}
-        for row in free_first:
-            teams.setdefault(self.stage_node(prefills.ids[row]), []).append(row)
-        return list(teams.values())
+        node = self.stage_node
+        return [free_first] if node is None else by_node(free_first, lambda row: node(prefills.ids[row]))
 
     def pipeline(self, rows: list[int]) -> Candidate:
         """The prompt in as many stages as `rows`, in that order, from the longest prefix that any node holds.
@@ -289,6 +287,14 @@ class ClusterView(DecodeView, frozen=True, dict=True, kw_only=True):
         return Candidate(
             prefills.ids[row], wait_s, max(0.0, seconds - prefill_s), prefill_s, prefix, fetch_tokens, source, load_tokens
         )
+
+
+def by_node(some: list[T], node: Callable[[T], str]) -> list[list[T]]:
+    """Those of each node, in their order."""
+    groups: dict[str, list[T]] = {}
+    for each in some:
+        groups.setdefault(node(each), []).append(each)
+    return list(groups.values())
 
 
 def staged(view: ClusterView | FewView, group: tuple[str, ...], *, wait_s: float, pace: float) -> Candidate:

@@ -241,8 +241,8 @@ class SimInstance:
             else:
                 return
 
-    def _give_up(self, seq: Seq, error: str) -> None:
-        self.memory.release(seq, ())
+    def _give_up(self, seq: Seq, error: str, pages: tuple[int, ...] = ()) -> None:
+        self.memory.release(seq, pages)
         self._forget(seq)
         self._listener.failed(seq, error)
 
@@ -276,9 +276,7 @@ class SimInstance:
     def _preempt(self, command: Preempt) -> None:
         seq = self.sequences[command.request_id]
         if self.memory.is_shared(seq):  # the other stages would have to start anew, too
-            self.memory.release(seq, command.pages)
-            self._forget(seq)
-            self._listener.failed(seq, "a pipeline was stopped for lack of KVCache blocks")
+            self._give_up(seq, "a pipeline was stopped for lack of KVCache blocks", command.pages)
             return
         self.memory.release(seq, command.pages)
         self._decoding.remove(seq)
@@ -332,10 +330,8 @@ class SimInstance:
         self._handed.append(seq)
 
     def _starved(self, command: Starved) -> None:
-        seq = self.sequences[command.request_id]
-        self.memory.release(seq, command.pages)
-        self._forget(seq)
-        self._listener.failed(seq, f"no KVCache block became free for {command.waited_s:.0f} s")
+        error = f"no KVCache block became free for {command.waited_s:.0f} s"
+        self._give_up(self.sequences[command.request_id], error, command.pages)
 
     def _release(self, command: Release) -> None:
         seq = self.sequences[command.request_id]

@@ -33,6 +33,21 @@ template <class E, int R, int C> void multiply_tile(float* sums, const unit* x, 
         UNROLL for (int c = 0; c < C; c++) store(sums + r * kTileOutputs + c * kLanes, acc[r][c]);
 }
 
+// sums[row] += x row . part of a tile, `units` deep. The first rows ask for weights `first_ahead` units on, the others `ahead`.
+template <class E> void multiply_rows(float* sums, const unit* x, int64_t x_stride, const unit* part, int rows, int units,
+                                      int first_ahead, int ahead) {
+    for (int row = 0, groups = (rows + kMaxRows - 1) / kMaxRows; row < rows; groups--) {
+        const int size = (rows - row + groups - 1) / groups;
+        with_size<kMaxRows>(size, [&](auto r) {
+            for (int c = 0; c < kTileColumns; c += kMaxCols)
+                multiply_tile<E, decltype(r)::value, kMaxCols>(sums + row * kTileOutputs + c * kLanes, x + row * x_stride,
+                                                               x_stride, part + c * kLanes, units,
+                                                               row ? ahead : first_ahead);
+        });
+        row += size;
+    }
+}
+
 template <class E> void write_outputs(const float* sums, const typename E::scalar* bias, typename E::scalar* out, int n) {
     int i = 0;
     for (; i + kLanes <= n; i += kLanes) {
@@ -56,17 +71,7 @@ template <class E> void linear_tiled(const void* x_, const void* weight_, const 
         auto weight = (const unit*)weight_ + (int64_t)tile * units * kTileOutputs;
         for (int depth = 0; depth < units; depth += kDepth) {
             const int size = std::min(kDepth, units - depth);
-            const unit* part = weight + (int64_t)depth * kTileOutputs;
-            for (int row = 0, groups = (tokens + kMaxRows - 1) / kMaxRows; row < tokens; groups--) {
-                const int rows = (tokens - row + groups - 1) / groups;
-                with_size<kMaxRows>(rows, [&](auto r) {
-                    for (int c = 0; c < kTileColumns; c += kMaxCols)
-                        multiply_tile<E, decltype(r)::value, kMaxCols>(sums + row * kTileOutputs + c * kLanes,
-                                                                       x + (int64_t)row * units + depth, units,
-                                                                       part + c * kLanes, size, row ? kDepth : kAhead);
-                });
-                row += rows;
-            }
+            multiply_rows<E>(sums, x + depth, units, weight + (int64_t)depth * kTileOutputs, tokens, size, kAhead, kDepth);
         }
         const int first = tile * kTileOutputs, outputs = std::min(kTileOutputs, n - first);
         for (int t = 0; t < tokens; t++)
@@ -74,7 +79,7 @@ template <class E> void linear_tiled(const void* x_, const void* weight_, const 
     });
 }
 
-// As linear_tiled of bf16, for any number of tokens: `wide` [tokens][K] is room for x in float32, and each part of the weight is
+// As linear_tiled of bf16, for any number of tokens: `wide` [tokens][K] is room for x in float32, each part of the weight is
 // widened once for many rows.
 void linear_widened(const void* x_, float* wide, const void* weight_, const void* bias_, void* out_, int tokens, int n, int k,
                     int threads) {
@@ -107,16 +112,7 @@ void linear_widened(const void* x_, float* wide, const void* weight_, const void
                     store(s.part + (2 * u) * kTileOutputs + c * kLanes, low_half(pair));
                     store(s.part + (2 * u + 1) * kTileOutputs + c * kLanes, high_half(pair));
                 }
-            for (int row = 0, groups = (rows + kMaxRows - 1) / kMaxRows; row < rows; groups--) {
-                const int group = (rows - row + groups - 1) / groups;
-                with_size<kMaxRows>(group, [&](auto r) {
-                    for (int c = 0; c < kTileColumns; c += kMaxCols)
-                        multiply_tile<F32, decltype(r)::value, kMaxCols>(
-                            s.sums + row * kTileOutputs + c * kLanes, x + (int64_t)(begin + row) * k + 2 * depth, k,
-                            (const unit*)s.part + c * kLanes, 2 * size, 0);
-                });
-                row += group;
-            }
+            multiply_rows<F32>(s.sums, x + (int64_t)begin * k + 2 * depth, k, (const unit*)s.part, rows, 2 * size, 0, 0);
         }
         const int first = tile * kTileOutputs, outputs = std::min(kTileOutputs, n - first);
         for (int t = 0; t < rows; t++)

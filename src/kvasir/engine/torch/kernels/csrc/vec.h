@@ -105,6 +105,10 @@ struct F32 {
     static vf multiply_add(vf acc, vu a, vu b) { return (vf)a * (vf)b + acc; }
 };
 
+// A pair of bf16 in each lane as two floats: exact.
+inline vf low_half(vu pair) { return (vf)(pair << 16); }
+inline vf high_half(vu pair) { return (vf)(pair & 0xffff0000u); }
+
 struct Bf16 {
     typedef uint16_t scalar;
     static constexpr int pair = 2;
@@ -134,8 +138,8 @@ struct Bf16 {
 #if defined(__AVX512BF16__)
         return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
 #else
-        acc = (vf)(a << 16) * (vf)(b << 16) + acc;
-        return (vf)(a & 0xffff0000u) * (vf)(b & 0xffff0000u) + acc;
+        acc = low_half(a) * low_half(b) + acc;
+        return high_half(a) * high_half(b) + acc;
 #endif
     }
 };
@@ -158,10 +162,6 @@ inline __attribute__((always_inline)) void multiply(vf (&acc)[R][C], const unit*
         }
     }
 }
-
-// A pair of bf16 in each lane as two floats: exact.
-inline vf low_half(vu pair) { return (vf)(pair << 16); }
-inline vf high_half(vu pair) { return (vf)(pair & 0xffff0000u); }
 
 // f(integral_constant<n>) for the n at hand, 1 <= n <= Max: turns a tile's size into a compile-time one.
 template <int N> struct Size {
