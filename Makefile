@@ -14,7 +14,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt 'torch==2.13.0'
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	-$(BIN)/python -m kvasir.native.cpp kvasir.engine.torch.kernels kvasir.store # what cannot be built runs slower
+	-$(BIN)/python -m kvasir.native.cpp kvasir.engine.torch.kernels kvasir.store kvasir.native # what cannot be built runs slower
 	-$(BIN)/python -m kvasir.native.build
 	touch $@
 

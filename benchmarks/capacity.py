@@ -24,8 +24,8 @@ from functools import cache, partial
 from pathlib import Path
 
 from kvasir.cli.bench.processes import results_of
-from kvasir.cli.collector import collector_paused
 from kvasir.cli.simulate.inputs import find_cluster, load_trace, objectives
+from kvasir.cli.simulating import simulating
 from kvasir.report.slo import Attainment
 from kvasir.scheduling.strategy import Strategy, strategy
 from kvasir.simulator import SimConfig, simulate
@@ -132,7 +132,7 @@ def search(source: str, row: Row) -> dict[str, object]:
     cluster, chosen = find_cluster(CLUSTER, row.split), scheduler(row)
 
     def evaluate(speed: float) -> Attainment:
-        with collector_paused():
+        with simulating():
             return simulate(scaling.speed(trace, speed), cluster, chosen, slo=slo, config=SimConfig(sample_s=0.0)).attained
 
     found = find_capacity(evaluate, start=START[row.ttft], resolution=RESOLUTION, stride=STRIDE, lowest=LOWEST)

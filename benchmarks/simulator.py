@@ -12,7 +12,6 @@ writes `simulator.md` and its plot.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import multiprocessing
 import os
@@ -33,6 +32,7 @@ from matplotlib.axes import Axes
 from msgspec.structs import replace
 
 from kvasir.cli.bench.markdown import standalone
+from kvasir.cli.simulating import simulating
 from kvasir.core.request import Slo
 from kvasir.report.plots.draw import Draw
 from kvasir.report.plots.svg import FAINT, SERIES, svg_of
@@ -113,13 +113,11 @@ def play_synthetic(nodes: int) -> Speed:
 
 
 def timed(name: str, trace: Trace, nodes: int) -> Speed:
-    gc.collect()
-    gc.disable()
-    count = len(trace.requests)
-    start_s = time.process_time()
-    config = SimConfig(sample_s=0.0)
-    simulate(trace, cluster_of(nodes), strategy(POLICY), slo=Slo(), config=config, on_progress=Progress(nodes, count).tell)
-    seconds = time.process_time() - start_s
+    count, cluster, config = len(trace.requests), cluster_of(nodes), SimConfig(sample_s=0.0)
+    with simulating():
+        start_s = time.process_time()
+        simulate(trace, cluster, strategy(POLICY), slo=Slo(), config=config, on_progress=Progress(nodes, count).tell)
+        seconds = time.process_time() - start_s
     print(f"{nodes} nodes: {count:,} requests in {seconds:.1f} s", file=sys.stderr, flush=True)
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     return Speed(name, nodes, count, round(seconds, 2), round(count / seconds), peak_mib)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import as_completed
 from typing import TypeVar
 
-from kvasir.cli.collector import collector_paused
+from kvasir.cli.simulating import simulating
 from kvasir.cli.workers import interrupts_held, workers
 
 Key = TypeVar("Key", bound=Hashable)
@@ -38,5 +38,5 @@ def _one_by_one(tasks: Mapping[Key, Callable[[], Result]], on_done: Callable[[in
 
 
 def _run(task: Callable[[], Result]) -> Result:
-    with collector_paused():
+    with simulating():
         return task()

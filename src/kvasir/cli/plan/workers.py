@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from kvasir.cli.collector import collector_paused
+from kvasir.cli.simulating import simulating
 from kvasir.cli.workers import interrupts_held, workers
 from kvasir.core.errors import ClusterError
 from kvasir.simulator.planner import Evaluate, Figures, Player, RunSpec
@@ -49,5 +49,5 @@ def _begin(path: Path) -> None:
 
 
 def _play(run: RunSpec) -> Figures:
-    with collector_paused():
+    with simulating():
         return _player.play(run)

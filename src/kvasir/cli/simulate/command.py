@@ -14,11 +14,11 @@ import msgspec
 import typer
 
 from kvasir import simulator
-from kvasir.cli.collector import collector_paused
 from kvasir.cli.files import check_writable, write
 from kvasir.cli.simulate.inputs import duration, faults_for, find_cluster, load_trace, objectives
 from kvasir.cli.simulate.outcome import Outcome, trace_notes
 from kvasir.cli.simulate.progress import Show, shown
+from kvasir.cli.simulating import simulating
 from kvasir.core.errors import ConfigError
 from kvasir.core.request import Slo
 from kvasir.report.slo import Attainment, ScaledSlo
@@ -151,7 +151,7 @@ class _Plan:
         """The run at `speed`, and the seconds that it took."""
         trace = scaling.speed(self.trace, speed)
         config = SimConfig(sample_s=max(trace.span_s / _NUM_SAMPLES, 0.1)) if self.with_samples else _NO_SAMPLES
-        with shown(f"{speed:g}x") as show, collector_paused():
+        with shown(f"{speed:g}x") as show, simulating():
             started = time.perf_counter()
             run = self._simulate(trace, config, show, "")
             return run, time.perf_counter() - started
@@ -161,7 +161,7 @@ class _Plan:
 
             def evaluate(speed: float) -> Attainment:
                 trace = scaling.speed(self.trace, speed)
-                with collector_paused():
+                with simulating():
                     return self._simulate(trace, _NO_SAMPLES, show, f"capacity: {speed:g}x").attained
 
             return find_capacity(evaluate)
