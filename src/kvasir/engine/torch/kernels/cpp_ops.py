@@ -18,8 +18,9 @@ from kvasir.engine.torch.kernels.torch_ops import copy_tokens
 
 MAX_HEAD_DIM = 256
 # Up to this many tokens our own kernel streams the weight faster than oneDNN multiplies (docs/decisions/0001-cpu-attention.md).
-FEW_TOKENS_PACKED = 64
 FEW_TOKENS_PLAIN = 32
+WIDE_TILE = 64
+FEW_TOKENS = {WIDE_TILE: 64, 32: 4}  # by the outputs of a tile in oneDNN's packing, which are 32 where it uses AMX
 WIDE_TOKENS = 16  # from so many tokens on arithmetic is what takes time, not reading the weight
 PACK_FOR_TOKENS = 512  # what oneDNN is told to expect; told of one token, it leaves float32 weights as they are
 
@@ -37,7 +38,7 @@ _SIGNATURES: dict[str, list[Any]] = {  # ctypes' own types for its argument type
     ],
     "kvasir_linear": [c_int, c_int, *[c_void_p] * 4, c_int, c_int, c_int, c_int],
     "kvasir_linear_widened": [*[c_void_p] * 5, c_int, c_int, c_int, c_int],
-    "kvasir_is_tiled": [c_int, c_void_p, c_void_p, c_int, c_int, c_int],
+    "kvasir_is_tiled": [c_int, c_void_p, c_void_p, c_int, c_int, c_int, c_int],
 }
 
 
@@ -149,22 +150,22 @@ class CppOps:
     def linear(self, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
         tokens = x.shape[0]
         if isinstance(weight, PackedWeight):
-            if self._widens and weight.address is not None and x.dtype is torch.bfloat16 and tokens >= WIDE_TOKENS:
+            if self._widens and weight.width == WIDE_TILE and x.dtype is torch.bfloat16 and tokens >= WIDE_TOKENS:
                 return self._linear_in_float32(x, weight, bias)
-            if tokens > FEW_TOKENS_PACKED or weight.address is None:
+            if tokens > FEW_TOKENS.get(weight.width, 0):
                 done: Tensor = self._linear_by_onednn(x, weight.data, bias, "none", [], "")
                 return done
-            address, n, k = weight.address, weight.out_features, weight.in_features
+            address, width, n, k = weight.address, weight.width, weight.out_features, weight.in_features
         else:
             if tokens > FEW_TOKENS_PLAIN:
                 return F.linear(x, weight, bias)
             n, k = weight.shape
             _expect(weight, x.dtype, shape=(n, k))
-            address = weight.data_ptr()
+            address, width = weight.data_ptr(), 0
         _expect(x, x.dtype, shape=(tokens, k))
         out = x.new_empty((tokens, n))
         self._linear(
-            *(_is_bf16(x.dtype), isinstance(weight, PackedWeight)),
+            *(_is_bf16(x.dtype), width),
             *(x.data_ptr(), address, None if bias is None else bias.data_ptr(), out.data_ptr()),
             *(tokens, n, k, torch.get_num_threads()),
         )
@@ -184,18 +185,22 @@ class CppOps:
         copy_tokens(source, target, layer=layer, tokens=tokens)
 
     def pack_weight(self, weight: Tensor) -> Tensor | PackedWeight:
-        """oneDNN's own packing; our kernel reads the same bytes where they turn out to be tiles of 64 outputs."""
+        """oneDNN's own packing; our kernel reads the same bytes where they turn out to be tiles of outputs."""
         n, k = weight.shape
         is_bf16 = _is_bf16(weight.dtype)
         if is_bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return weight
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACK_FOR_TOKENS)
-        tile_bytes = -(-n // 64) * 64 * k * weight.dtype.itemsize
-        address = torch.ops.mkldnn.data_ptr(packed)
-        is_tiled = torch.ops.mkldnn._nbytes(packed) == tile_bytes and self._is_tiled(
-            is_bf16, weight.contiguous().data_ptr(), address, n, k, torch.get_num_threads()
-        )
-        return PackedWeight(packed, n, k, address if is_tiled and (k % 2 == 0 or not is_bf16) else None)
+        address, plain = torch.ops.mkldnn.data_ptr(packed), weight.contiguous()
+        if k % 2 and is_bf16:
+            return PackedWeight(packed, n, k)
+        for width in FEW_TOKENS:
+            tile_bytes = -(-n // width) * width * k * weight.dtype.itemsize
+            if torch.ops.mkldnn._nbytes(packed) == tile_bytes and self._is_tiled(
+                is_bf16, plain.data_ptr(), address, width, n, k, torch.get_num_threads()
+            ):
+                return PackedWeight(packed, n, k, address, width)
+        return PackedWeight(packed, n, k)
 
     def _norm(self, x: Tensor, residual: int | None, *, weight: Tensor, eps: float) -> Tensor:
         rows, width = x.shape

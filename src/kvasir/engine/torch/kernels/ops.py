@@ -13,14 +13,15 @@ from kvasir.engine.torch.kernels.layout import KvView
 class PackedWeight:
     """A linear layer's weight in an order of its implementation's own; only `linear` of the same Ops reads it.
 
-    `data` holds the elements, outputs rounded up to whole tiles: no second copy of the weight is kept. `address` is
-    where they lie in memory, None where that order is not one that our own kernel for few tokens can read.
+    `data` holds the elements, outputs rounded up to whole tiles: no second copy of the weight is kept. They lie at `address`
+    in tiles of `width` outputs; both are 0 where that order is not one that our own kernel for few tokens can read.
     """
 
     data: Tensor
     out_features: int
     in_features: int
-    address: int | None
+    address: int = 0
+    width: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,10 @@
 // Linear layers for few tokens: each weight is read once, at the speed of memory. And for many tokens by float32's arithmetic,
 // where the machine's bf16 dot product is the slower one.
 //
-//     tiled weight   [ceil(N / 64)][K / pair][64][pair]   64 outputs in lanes, read as it lies (oneDNN's own packing)
-//     plain weight   [N][K]                               K in lanes, summed across lanes at the end
+//     tiled weight   [ceil(N / width)][K / pair][width][pair]   outputs in lanes, read as it lies (oneDNN's own packing)
+//     plain weight   [N][K]                                     K in lanes, summed across lanes at the end
+//
+// oneDNN's tiles are 64 outputs wide, and 32 where it multiplies bf16 by AMX.
 #include <algorithm>
 #include <atomic>
 
@@ -12,7 +14,7 @@
 namespace kvasir {
 namespace {
 
-constexpr int kTileOutputs = 64;
+constexpr int kTileOutputs = 64;  // that are computed together, be they one tile of the weight or two
 constexpr int kTileColumns = kTileOutputs / kLanes;
 constexpr int kDepth = 32;  // units of K at a time: 8 KiB of weights stay in L1 for all rows
 constexpr int kAhead = 32;  // units of K from those in use to those asked for
@@ -21,28 +23,45 @@ constexpr int kPlainOutputs = 4;
 constexpr int kWideRows = 256;
 constexpr int kWideDepth = 32;  // units of K at a time: 16 KiB of widened weights stay in L1 for all rows
 
-template <class E, int R, int C> void multiply_tile(float* sums, const unit* x, int64_t x_stride, const unit* weight,
-                                                    int units, int ahead) {
+// Weights of kTileOutputs outputs: of the first `columns` times 16 of them, the others do not exist. `tile_units` from one tile
+// of `width` outputs to the next.
+struct Tiled {
+    const unit* weight;
+    int64_t tile_units;
+    int width, columns;
+    const unit* column(int c) const { return weight + c * kLanes / width * tile_units + c * kLanes % width; }
+    Tiled deeper(int units) const { return {weight + (int64_t)units * width, tile_units, width, columns}; }
+};
+
+template <class E, int R, int C> void multiply_tile(float* sums, const unit* x, int64_t x_stride, const Tiled& tiled,
+                                                    int first, int units, int ahead) {
     vf acc[R][C];
     const unit* columns[C];
-    UNROLL for (int c = 0; c < C; c++) columns[c] = weight + c * kLanes;
+    UNROLL for (int c = 0; c < C; c++) columns[c] = tiled.column(first + c);
+    sums += first * kLanes;
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int c = 0; c < C; c++) acc[r][c] = load<vf>(sums + r * kTileOutputs + c * kLanes);
-    multiply<E, R, C>(acc, x, x_stride, columns, kTileOutputs, units, ahead * kTileOutputs);
+    multiply<E, R, C>(acc, x, x_stride, columns, tiled.width, units, (int64_t)ahead * tiled.width);
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int c = 0; c < C; c++) store(sums + r * kTileOutputs + c * kLanes, acc[r][c]);
 }
 
-// sums[row] += x row . part of a tile, `units` deep. The first rows ask for weights `first_ahead` units on, the others `ahead`.
-template <class E> void multiply_rows(float* sums, const unit* x, int64_t x_stride, const unit* part, int rows, int units,
+// sums[row] += x row . weights, `units` deep. The first rows ask for weights `first_ahead` units on, the others `ahead`.
+template <class E> void multiply_rows(float* sums, const unit* x, int64_t x_stride, const Tiled& tiled, int rows, int units,
                                       int first_ahead, int ahead) {
+    constexpr int kFewCols = kMaxCols / 2;  // half a tile of 64, or the last of 32
     for (int row = 0, groups = (rows + kMaxRows - 1) / kMaxRows; row < rows; groups--) {
         const int size = (rows - row + groups - 1) / groups;
         with_size<kMaxRows>(size, [&](auto r) {
-            for (int c = 0; c < kTileColumns; c += kMaxCols)
-                multiply_tile<E, decltype(r)::value, kMaxCols>(sums + row * kTileOutputs + c * kLanes, x + row * x_stride,
-                                                               x_stride, part + c * kLanes, units,
-                                                               row ? ahead : first_ahead);
+            constexpr int R = decltype(r)::value;
+            const unit* x_rows = x + row * x_stride;
+            float* sums_rows = sums + row * kTileOutputs;
+            const int asked = row ? ahead : first_ahead;
+            int c = 0;
+            for (; c + kMaxCols <= tiled.columns; c += kMaxCols)
+                multiply_tile<E, R, kMaxCols>(sums_rows, x_rows, x_stride, tiled, c, units, asked);
+            for (; c < tiled.columns; c += kFewCols)
+                multiply_tile<E, R, kFewCols>(sums_rows, x_rows, x_stride, tiled, c, units, asked);
         });
         row += size;
     }
@@ -57,9 +76,16 @@ template <class E> void write_outputs(const float* sums, const typename E::scala
     for (; i < n; i++) out[i] = E::narrow(sums[i] + (bias ? E::widen(bias[i]) : 0.0f));
 }
 
+// Outputs [64 * group, 64 * group + 64) of a weight that is `units` deep.
+inline Tiled tiles_of(const void* weight, int width, int units, int n, int group) {
+    const int64_t tile_units = (int64_t)units * width;
+    const int first = group * kTileOutputs, outputs = std::min(kTileOutputs, (n + width - 1) / width * width - first);
+    return {(const unit*)weight + first / width * tile_units, tile_units, width, outputs / kLanes};
+}
+
 // x [tokens][K], out [tokens][N], tokens <= kMaxTokens, K a multiple of the pair.
-template <class E> void linear_tiled(const void* x_, const void* weight_, const void* bias_, void* out_, int tokens, int n,
-                                     int k, int threads) {
+template <class E> void linear_tiled(const void* x_, const void* weight_, int width, const void* bias_, void* out_,
+                                     int tokens, int n, int k, int threads) {
     typedef typename E::scalar scalar;
     auto x = (const unit*)x_;
     auto bias = (const scalar*)bias_;
@@ -68,10 +94,10 @@ template <class E> void linear_tiled(const void* x_, const void* weight_, const 
     parallel_for(tiles, threads, [&](int tile) {
         alignas(64) float sums[kMaxTokens * kTileOutputs];
         memset(sums, 0, sizeof(float) * tokens * kTileOutputs);
-        auto weight = (const unit*)weight_ + (int64_t)tile * units * kTileOutputs;
+        const Tiled tiled = tiles_of(weight_, width, units, n, tile);
         for (int depth = 0; depth < units; depth += kDepth) {
             const int size = std::min(kDepth, units - depth);
-            multiply_rows<E>(sums, x + depth, units, weight + (int64_t)depth * kTileOutputs, tokens, size, kAhead, kDepth);
+            multiply_rows<E>(sums, x + depth, units, tiled.deeper(depth), tokens, size, kAhead, kDepth);
         }
         const int first = tile * kTileOutputs, outputs = std::min(kTileOutputs, n - first);
         for (int t = 0; t < tokens; t++)
@@ -112,7 +138,8 @@ void linear_widened(const void* x_, float* wide, const void* weight_, const void
                     store(s.part + (2 * u) * kTileOutputs + c * kLanes, low_half(pair));
                     store(s.part + (2 * u + 1) * kTileOutputs + c * kLanes, high_half(pair));
                 }
-            multiply_rows<F32>(s.sums, x + (int64_t)begin * k + 2 * depth, k, (const unit*)s.part, rows, 2 * size, 0, 0);
+            const Tiled part{(const unit*)s.part, 0, kTileOutputs, kTileColumns};
+            multiply_rows<F32>(s.sums, x + (int64_t)begin * k + 2 * depth, k, part, rows, 2 * size, 0, 0);
         }
         const int first = tile * kTileOutputs, outputs = std::min(kTileOutputs, n - first);
         for (int t = 0; t < rows; t++)
@@ -172,16 +199,16 @@ template <class E> void linear_plain(const void* x_, const void* weight_, const 
 }
 
 // Whether `tiled` holds exactly `plain` [N][K] in the order that linear_tiled reads.
-template <class E> bool is_tiled(const void* plain_, const void* tiled_, int n, int k, int threads) {
+template <class E> bool is_tiled(const void* plain_, const void* tiled_, int width, int n, int k, int threads) {
     typedef typename E::scalar scalar;
     auto plain = (const scalar*)plain_;
     auto tiled = (const scalar*)tiled_;
     std::atomic<bool> is_same{true};
     parallel_for(n, threads, [&](int o) {
-        const scalar* place = tiled + (int64_t)(o / kTileOutputs) * kTileOutputs * k + o % kTileOutputs * E::pair;
+        const scalar* place = tiled + (int64_t)(o / width) * width * k + o % width * E::pair;
         bool is_row_same = true;
         for (int i = 0; i < k; i++)
-            is_row_same &= memcmp(place + (int64_t)(i / E::pair) * kTileOutputs * E::pair + i % E::pair,
+            is_row_same &= memcmp(place + (int64_t)(i / E::pair) * width * E::pair + i % E::pair,
                                   plain + (int64_t)o * k + i, sizeof(scalar)) == 0;
         if (!is_row_same) is_same = false;
     });
@@ -193,18 +220,21 @@ template <class E> bool is_tiled(const void* plain_, const void* tiled_, int n, 
 
 using namespace kvasir;
 
-extern "C" void kvasir_linear(int is_bf16, int is_tiled, const void* x, const void* weight, const void* bias, void* out,
+// `width`: outputs of a tile; 0 where the weight is plain.
+extern "C" void kvasir_linear(int is_bf16, int width, const void* x, const void* weight, const void* bias, void* out,
                               int tokens, int n, int k, int threads) {
-    auto run = is_bf16 ? (is_tiled ? linear_tiled<Bf16> : linear_plain<Bf16>)
-                       : (is_tiled ? linear_tiled<F32> : linear_plain<F32>);
-    run(x, weight, bias, out, tokens, n, k, threads);
+    if (width)
+        (is_bf16 ? linear_tiled<Bf16> : linear_tiled<F32>)(x, weight, width, bias, out, tokens, n, k, threads);
+    else
+        (is_bf16 ? linear_plain<Bf16> : linear_plain<F32>)(x, weight, bias, out, tokens, n, k, threads);
 }
 
+// Of a weight in tiles of 64.
 extern "C" void kvasir_linear_widened(const void* x, void* wide, const void* weight, const void* bias, void* out, int tokens,
                                       int n, int k, int threads) {
     linear_widened(x, (float*)wide, weight, bias, out, tokens, n, k, threads);
 }
 
-extern "C" int kvasir_is_tiled(int is_bf16, const void* plain, const void* tiled, int n, int k, int threads) {
-    return (is_bf16 ? is_tiled<Bf16> : is_tiled<F32>)(plain, tiled, n, k, threads);
+extern "C" int kvasir_is_tiled(int is_bf16, const void* plain, const void* tiled, int width, int n, int k, int threads) {
+    return (is_bf16 ? is_tiled<Bf16> : is_tiled<F32>)(plain, tiled, width, n, k, threads);
 }
