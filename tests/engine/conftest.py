@@ -6,6 +6,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from ctypes import CDLL
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from kvasir.engine.random_model import make_checkpoint
 from kvasir.engine.torch.config import quiet_transformers
 from kvasir.engine.torch.first_calls import make_first_calls
 from kvasir.engine.torch.kernels import Ops, TorchOps, load_ops
-from kvasir.engine.torch.kernels.cpp_ops import CppOps
+from kvasir.engine.torch.kernels.cpp_ops import Arithmetic, CppOps
 from kvasir.engine.torch.kernels.load import PACKAGE
 from kvasir.native.cpp import build
 
@@ -144,7 +145,7 @@ def reference() -> Callable[[Path], Callable[[Sequence[int]], torch.Tensor]]:
     return load
 
 
-@pytest.fixture(params=["torch", "cpp", "cpp, widening"])
+@pytest.fixture(params=["torch", *Arithmetic], ids=str)
 def ops(request: pytest.FixtureRequest) -> Ops:
     """The implementations of the operations."""
     if request.param == "torch":
@@ -152,4 +153,7 @@ def ops(request: pytest.FixtureRequest) -> Ops:
     best = load_ops("cpu", head_dim=16)
     if best.name != "cpp":
         pytest.skip(best.reason)
-    return CppOps(build(PACKAGE), widens="widening" in request.param)
+    library = build(PACKAGE)
+    if request.param is Arithmetic.AMX and not CDLL(str(library)).kvasir_has_amx():
+        pytest.skip("no AMX")
+    return CppOps(library, arithmetic=request.param)

@@ -6,6 +6,7 @@ The Triton kernels run where there is a GPU; with TRITON_INTERPRET=1 and Triton 
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from ctypes import CDLL
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvasir.engine.torch.kernels import BatchLayout, KvLayout, KvView, Ops, PackedWeight, TokenCopies, TorchOps, load_ops
-from kvasir.engine.torch.kernels.cpp_ops import CppOps
+from kvasir.engine.torch.kernels.cpp_ops import Arithmetic, CppOps
 from kvasir.engine.torch.kernels.load import PACKAGE
 from kvasir.native.cpp import build
 
@@ -33,8 +34,11 @@ def _implementations() -> dict[str, tuple[Ops, str]]:
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
     best, on_gpu = load_ops("cpu"), load_ops("cuda")
     if best.name == "cpp":
-        found["cpp"] = CppOps(build(PACKAGE), widens=False), "cpu"
-        found["cpp, widening"] = CppOps(build(PACKAGE), widens=True), "cpu"
+        library = build(PACKAGE)
+        found["cpp"] = CppOps(library, arithmetic=Arithmetic.DOT), "cpu"
+        found["cpp, widening"] = CppOps(library, arithmetic=Arithmetic.FLOAT32), "cpu"
+        if CDLL(str(library)).kvasir_has_amx():
+            found["cpp, AMX"] = CppOps(library, arithmetic=Arithmetic.AMX), "cpu"
     if on_gpu.name == "triton" and (gpu == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
         found["triton"] = on_gpu, gpu
     return found
@@ -299,8 +303,9 @@ def test_attention_groups_heads(ops: Ops, dtype: torch.dtype, heads: int, kv_hea
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [1, 7, 64, 1000])
-def test_attention_with_a_sliding_window(ops: Ops, dtype: torch.dtype, window: int) -> None:
-    model = Model(heads=4, kv_heads=2, head_dim=64, block_tokens=16, dtype=dtype)
+@pytest.mark.parametrize("block_tokens", [16, 64])
+def test_attention_with_a_sliding_window(ops: Ops, dtype: torch.dtype, window: int, block_tokens: int) -> None:
+    model = Model(heads=4, kv_heads=2, head_dim=64, block_tokens=block_tokens, dtype=dtype)
     seqs = Sequences(model, [Chunk(200, 1), Chunk(150, 70), Chunk(0, 40)])
     seqs.prime(ops)
     assert_close(seqs.step(ops, seqs.chunks, window=window), seqs.expected(window=window), dtype)
@@ -315,8 +320,9 @@ def test_attention_of_one_token_over_a_long_context(ops: Ops, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_result_does_not_depend_on_the_cut_into_chunks(ops: Ops, dtype: torch.dtype) -> None:
-    model = Model(heads=4, kv_heads=2, head_dim=64, block_tokens=16, dtype=dtype)
+@pytest.mark.parametrize("block_tokens", [16, 64])
+def test_a_result_does_not_depend_on_the_cut_into_chunks(ops: Ops, dtype: torch.dtype, block_tokens: int) -> None:
+    model = Model(heads=4, kv_heads=2, head_dim=64, block_tokens=block_tokens, dtype=dtype)
     whole = Sequences(model, [Chunk(0, 211)])
     at_once = whole.step(ops, whole.chunks)
     cuts = [0, 1, 2, 50, 113, 200, 210, 211]

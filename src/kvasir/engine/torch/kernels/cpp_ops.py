@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import suppress
 from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
-from functools import cache
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +42,28 @@ _SIGNATURES: dict[str, list[Any]] = {  # ctypes' own types for its argument type
 }
 
 
-@cache
-def is_bf16_slow() -> bool:
-    """Whether bf16 dot products take longer than float32's: Intel's cores without AMX (docs/decisions/0001-cpu-attention.md).
+class Arithmetic(IntEnum):
+    """How products of bf16 of many rows are computed (docs/decisions/0001-cpu-attention.md)."""
 
-    By what the machine is and not by a clock, so that every process of it rounds alike.
+    DOT = 0
+    FLOAT32 = 1
+    AMX = 2
+
+
+def fastest_arithmetic(has_amx: bool) -> Arithmetic:
+    """By what the machine is and not by a clock, so that every process of it rounds alike.
+
+    Intel's cores take twice as long for a bf16 dot product as for float32's.
     """
-    if torch.cpu._is_amx_tile_supported():
-        return False
+    if has_amx:
+        return Arithmetic.AMX
     with suppress(OSError):
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    return False
+        if "GenuineIntel" in Path("/proc/cpuinfo").read_text():
+            return Arithmetic.FLOAT32
+    return Arithmetic.DOT
+
+
+_SAID = {Arithmetic.DOT: "its dot product", Arithmetic.FLOAT32: "float32 arithmetic", Arithmetic.AMX: "AMX"}
 
 
 class CppOps:
@@ -65,13 +76,13 @@ class CppOps:
 
     name = "cpp"
 
-    def __init__(self, library: Path, *, widens: bool | None = None) -> None:
-        """With `widens`, products of bf16 of many rows are computed in float32, exactly as wide as they are summed; None: where
-        that is faster.
-        """
-        self._widens = is_bf16_slow() if widens is None else widens
-        self.reason = f"C++ kernels, {library.name}" + (", bf16 by float32 arithmetic" if self._widens else "")
+    def __init__(self, library: Path, *, arithmetic: Arithmetic | None = None) -> None:
+        """`arithmetic` for bf16; None: what is fastest here."""
         loaded = CDLL(str(library))
+        if arithmetic is None:
+            arithmetic = fastest_arithmetic(has_amx=bool(loaded.kvasir_has_amx()))
+        self._arithmetic = arithmetic
+        self.reason = f"C++ kernels, {library.name}, bf16 by {_SAID[arithmetic]}"
         self._rms_norm = _function(loaded, "kvasir_rms_norm")
         self._silu_mul = _function(loaded, "kvasir_silu_mul")
         self._rope_and_store = _function(loaded, "kvasir_rope_and_store")
@@ -134,7 +145,7 @@ class CppOps:
             *(batch.ints.data_ptr(), batch.num_seqs, batch.num_tokens),
             *(_layer_address(kv, layer), kv.slot_stride, kv.num_slots),
             *(heads, lay.num_kv_heads, lay.head_dim, lay.block_tokens),
-            *(scale, sliding_window or 0, self._widens, torch.get_num_threads()),
+            *(scale, sliding_window or 0, self._arithmetic, torch.get_num_threads()),
         )
         if failed:
             raise IndexError(f"attention: a slot of the block table is not among {kv.num_slots}")
@@ -150,7 +161,8 @@ class CppOps:
     def linear(self, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
         tokens = x.shape[0]
         if isinstance(weight, PackedWeight):
-            if self._widens and weight.width == WIDE_TILE and x.dtype is torch.bfloat16 and tokens >= WIDE_TOKENS:
+            widens = self._arithmetic is Arithmetic.FLOAT32 and weight.width == WIDE_TILE
+            if widens and x.dtype is torch.bfloat16 and tokens >= WIDE_TOKENS:
                 return self._linear_in_float32(x, weight, bias)
             if tokens > FEW_TOKENS.get(weight.width, 0):
                 done: Tensor = self._linear_by_onednn(x, weight.data, bias, "none", [], "")

@@ -5,14 +5,16 @@
 //     rows of an item      query 0 head 0, query 0 head 1, ... query 1 head 0, ...   all query heads of the KV head
 //     keys of an item      [begin, end), walked kTileKeys at a time
 //
-// KV and queries are of type S, arithmetic is of type E: the same, or float32 for bf16, where the machine's bf16 dot product is
-// the slower one and enough rows share a tile of keys to pay for widening it.
+// KV and queries are of type S, arithmetic is of type E: the same, or for bf16, where enough rows share a tile of keys, AMX, or
+// float32, where the machine's bf16 dot product is the slower one.
 //
 // Only a lone query tile (decode) has its keys cut into several items, kSplitKeys each, whatever the number of
 // threads; their results are merged afterwards. Longest items come first, so that the cores finish together.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
+#include "amx.h"
 #include "batch.h"
 #include "pool.h"
 #include "vec.h"
@@ -59,6 +61,10 @@ struct Wide : F32 {
     static constexpr int exp2_degree = Bf16::exp2_degree;
 };
 
+// bf16 by AMX, 16 rows at a time.
+struct Amx : Bf16 {};
+template <class E> constexpr int kRowsAtOnce = std::is_same_v<E, Amx> ? kAmxRows : kMaxRows;
+
 // A tile of keys and values in float32: 16 tokens of all dimensions, [dim][16] of keys and [16][dim] of values, after another.
 struct Widened {
     alignas(64) float keys[kTileKeys * kMaxHeadDim];
@@ -70,8 +76,8 @@ template <class E> struct Scratch {
     static constexpr int kWeightStride = kTileKeys / E::pair;
     alignas(64) unit queries[kTileRows * kQueryStride];
     alignas(64) float out[kTileRows * kMaxHeadDim];
-    alignas(64) float scores[kMaxRows * kTileKeys];
-    alignas(64) unit weights[kMaxRows * kWeightStride];
+    alignas(64) float scores[kRowsAtOnce<E> * kTileKeys];
+    alignas(64) unit weights[kRowsAtOnce<E> * kWeightStride];
     Running running[kTileRows];
     const unit* keys[kTileKeys / kLanes + kAhead];  // of each 16 tokens of the tile and of some after it
     const unit* values[kTileKeys / kLanes + kAhead];
@@ -163,16 +169,16 @@ template <class E, int R> void mix_rows(Scratch<E>& s, const Shape& shape, float
     if (first < dim) with_size<kMaxCols>((dim - first) / kLanes, [&](auto size) { tile(first, size); });
 }
 
-// R rows from `row` on, against the tile's keys [start, start + num_keys).
-template <class E, int R> void attend_rows(Scratch<E>& s, const Shape& shape, const Item& item, int row, int start,
-                                           int num_keys) {
-    const int last_position = item.first_position + (row + R - 1) / item.num_heads;
-    num_keys = std::min(num_keys, last_position + 1 - start);
-    if (num_keys <= 0) return;
+// Of the tile's keys from `start` on, those that any of `size` rows from `row` on sees.
+inline int keys_seen(const Item& item, int row, int size, int start, int num_keys) {
+    return std::min(num_keys, item.first_position + (row + size - 1) / item.num_heads + 1 - start);
+}
+
+// From scores to weights of `size` rows; shrink[r]: what the row's sums so far shrink by.
+template <class E> void weigh_rows(Scratch<E>& s, const Shape& shape, const Item& item, int row, int size, int start,
+                                   int num_keys, float* shrink) {
     const int columns = (num_keys + kLanes - 1) / kLanes;
-    score_rows<E, R>(s, shape, s.queries + row * Scratch<E>::kQueryStride, columns);
-    float shrink[R];
-    for (int r = 0; r < R; r++) {
+    for (int r = 0; r < size; r++) {
         const int position = item.first_position + (row + r) / item.num_heads;
         const int high = std::min(num_keys, position + 1 - start);
         const int low = shape.window ? std::max(0, position + 1 - shape.window - start) : 0;
@@ -180,8 +186,81 @@ template <class E, int R> void attend_rows(Scratch<E>& s, const Shape& shape, co
         if (low > 0 || high < columns * kLanes) hide(scores, columns, low, high);
         shrink[r] = weigh_row<E>(scores, columns, shape.scale_log2, s.weights + r * Scratch<E>::kWeightStride, s.running[row + r]);
     }
+}
+
+// R rows from `row` on, against the tile's keys [start, start + num_keys).
+template <class E, int R> void attend_rows(Scratch<E>& s, const Shape& shape, const Item& item, int row, int start,
+                                           int num_keys) {
+    num_keys = keys_seen(item, row, R, start, num_keys);
+    if (num_keys <= 0) return;
+    score_rows<E, R>(s, shape, s.queries + row * Scratch<E>::kQueryStride, (num_keys + kLanes - 1) / kLanes);
+    float shrink[R];
+    weigh_rows(s, shape, item, row, R, start, num_keys, shrink);
     mix_rows<E, R>(s, shape, s.out + row * kMaxHeadDim, shrink, num_keys);
 }
+
+#if defined(KVASIR_AMX)
+// As score_rows. Scores of columns beyond are written, too, and mean nothing.
+void score_amx(Scratch<Amx>& s, const Shape& shape, const unit* queries, int columns) {
+    amx_reads(queries);
+    for (int column = 0; column < columns; column += 4) {
+        amx_zero<4>();
+        for (int u = 0; u < shape.kv.head_dim / 2; u += kAmxDepth / 2) {
+            const unit* keys[4];
+            UNROLL for (int c = 0; c < 4; c++)
+                keys[c] = s.keys[std::min(column + c, columns - 1)] + (int64_t)u * s.key_stride;
+            amx_multiply(queries + u, Scratch<Amx>::kQueryStride, keys, s.key_stride);
+        }
+        amx_store_sums<4>(s.scores + column * kLanes, kTileKeys);
+    }
+}
+
+// sums += weights . V for C times 16 dimensions; `last` are the values of the last tokens, where they are no whole tile.
+template <int C> void mix_dims(Scratch<Amx>& s, const Shape& shape, float* out, int first, int tokens, const unit* last) {
+    amx_load_sums<C>(out + first, kMaxHeadDim);
+    for (int t = 0; t < tokens; t += kAmxDepth) {
+        const unit* from = (t + kAmxDepth <= tokens ? s.values[t / kLanes] : last) + first;
+        const unit* values[C];
+        UNROLL for (int c = 0; c < C; c++) values[c] = from + c * kLanes;
+        amx_multiply(s.weights + t / 2, Scratch<Amx>::kWeightStride, values, shape.kv.head_dim);
+    }
+    amx_store_sums<C>(out + first, kMaxHeadDim);
+}
+
+// As mix_rows.
+void mix_amx(Scratch<Amx>& s, const Shape& shape, float* out, int size, const float* shrink, int tokens) {
+    const int dim = shape.kv.head_dim;
+    for (int r = 0; r < size; r++)
+        if (shrink[r] != 1.0f)
+            for (int d = 0; d < dim; d += kLanes)
+                store(out + r * kMaxHeadDim + d, load<vf>(out + r * kMaxHeadDim + d) * shrink[r]);
+    alignas(64) unit last[kAmxDepth / 2 * kMaxHeadDim];
+    if (const int rest = tokens % kAmxDepth) {  // what is not there yet may be anything, and 0 * NaN is NaN
+        const int pairs = (rest + 1) / 2, column = (tokens - rest) / kLanes;
+        memcpy(last, s.values[column], (size_t)pairs * dim * sizeof(unit));
+        memset(last + pairs * dim, 0, (size_t)(kAmxDepth / 2 - pairs) * dim * sizeof(unit));
+        if (rest & 1)
+            for (int d = 0; d < dim; d++) last[(pairs - 1) * dim + d] &= 0xffffu;
+        if (rest <= kLanes)
+            for (int r = 0; r < size; r++)
+                memset(s.weights + r * Scratch<Amx>::kWeightStride + (column + 1) * kLanes / 2, 0, kLanes / 2 * sizeof(unit));
+    }
+    amx_reads(last);
+    int first = 0;
+    for (; first + 4 * kLanes <= dim; first += 4 * kLanes) mix_dims<4>(s, shape, out, first, tokens, last);
+    if (first < dim) mix_dims<2>(s, shape, out, first, tokens, last);
+}
+
+// Up to 16 rows from `row` on. The tile registers hold 16; what they compute for rows that do not exist is not used.
+void attend_amx(Scratch<Amx>& s, const Shape& shape, const Item& item, int row, int size, int start, int num_keys) {
+    num_keys = keys_seen(item, row, size, start, num_keys);
+    if (num_keys <= 0) return;
+    score_amx(s, shape, s.queries + row * Scratch<Amx>::kQueryStride, (num_keys + kLanes - 1) / kLanes);
+    float shrink[kAmxRows];
+    weigh_rows(s, shape, item, row, size, start, num_keys, shrink);
+    mix_amx(s, shape, s.out + row * kMaxHeadDim, size, shrink, num_keys);
+}
+#endif
 
 template <class S, class E> void read_row(unit* to, const typename S::scalar* from, int dim) {
     if constexpr (S::pair == E::pair) {
@@ -244,6 +323,14 @@ template <class S, class E> void attend(Scratch<E>& s, const Shape& shape, const
             static thread_local Widened tile;
             widen(s, tile, shape, (num_keys + kLanes - 1) / kLanes);
         }
+#if defined(KVASIR_AMX)
+        if constexpr (std::is_same_v<E, Amx>) {
+            const AmxTiles tiles;
+            for (int row = 0; row < rows; row += kAmxRows)
+                attend_amx(s, shape, item, row, std::min(kAmxRows, rows - row), start, num_keys);
+            continue;
+        }
+#endif
         for (int row = 0, groups = (rows + kMaxRows - 1) / kMaxRows; row < rows; groups--) {
             const int size = (rows - row + groups - 1) / groups;  // 7 rows are 4 and 3, not 6 and 1
             with_size<kMaxRows>(size, [&](auto n) {
@@ -379,17 +466,25 @@ template <class S, class W> void attention(const void* q, void* out, const Shape
 
 using namespace kvasir;
 
-// 0, or 1 when a block table names a slot outside the arena (nothing is computed then).
+// Whether this machine and its kernel have AMX.
+extern "C" int kvasir_has_amx() { return has_amx(); }
+
+// `how` bf16 of many rows is multiplied: 0 by its dot product, 1 in float32, 2 by AMX, if the shapes are of whole tiles.
+// Returns 0, or 1 when a block table names a slot outside the arena (nothing is computed then).
 extern "C" int kvasir_attention(int is_bf16, const void* q, void* out, const int32_t* ints, int num_seqs, int num_tokens,
                                 char* kv_base, int64_t slot_stride, int num_slots, int heads, int kv_heads, int head_dim,
-                                int block_tokens, float scale, int window, int is_widened, int threads) {
+                                int block_tokens, float scale, int window, int how, int threads) {
     Batch batch(ints, num_seqs, num_tokens);
     for (int i = 0; i < batch.table_start[num_seqs]; i++)
         if ((unsigned)batch.table[i] >= (unsigned)num_slots) return 1;
     int64_t head_bytes = (int64_t)head_dim * block_tokens * (is_bf16 ? 2 : 4);
     LayerKv kv{kv_base, slot_stride, head_bytes, num_slots, kv_heads, head_dim, block_tokens};
     Shape shape{kv, heads, heads / kv_heads, window, scale * 1.44269504f};
-    auto run = is_bf16 ? (is_widened ? attention<Bf16, Wide> : attention<Bf16, Bf16>) : attention<F32, F32>;
+    auto run = is_bf16 ? (how == 1 ? attention<Bf16, Wide> : attention<Bf16, Bf16>) : attention<F32, F32>;
+#if defined(KVASIR_AMX)
+    if (is_bf16 && how == 2 && has_amx() && head_dim % kAmxDepth == 0 && block_tokens % kAmxDepth == 0)
+        run = attention<Bf16, Amx>;
+#endif
     run(q, out, shape, batch, threads);
     return 0;
 }
