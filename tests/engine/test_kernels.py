@@ -385,20 +385,19 @@ def test_linear(ops: Ops, dtype: torch.dtype, packed: bool, tokens: int, n: int,
     assert_close(ops.linear(x, handle, bias), plain + bias.double(), dtype)
 
 
+@pytest.mark.parametrize("ops", [name for name in IMPLEMENTATIONS if name.startswith("cpp")], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [64, 32])
 @pytest.mark.parametrize(("n", "k"), [(96, 64), (131, 76), (512, 1376)])
-@pytest.mark.parametrize("tokens", [1, 3, 4])
-def test_a_weight_in_tiles_of_either_width(dtype: torch.dtype, width: int, n: int, k: int, tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 4, 5, 17, 33, 64])
+def test_a_weight_in_tiles_of_either_width(ops: Ops, dtype: torch.dtype, width: int, n: int, k: int, tokens: int) -> None:
     """Whichever of them oneDNN makes on this machine."""
-    if "cpp" not in IMPLEMENTATIONS:
-        pytest.skip("no C++ compiler")
-    ops, pair = IMPLEMENTATIONS["cpp"][0], 2 if dtype is BF16 else 1
-    x, weight = torch.randn(tokens, k).to(dtype), torch.randn(n, k).to(dtype)
+    pair = 2 if dtype is BF16 else 1
+    x, weight, bias = torch.randn(tokens, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
     rows = F.pad(weight, (0, 0, 0, -n % width))
     tiles = rows.view(-1, width, k // pair, pair).transpose(1, 2).contiguous()
     handle = PackedWeight(tiles, n, k, tiles.data_ptr(), width)
-    assert_close(ops.linear(x, handle), x.double() @ weight.double().T, dtype)
+    assert_close(ops.linear(x, handle, bias), x.double() @ weight.double().T + bias.double(), dtype)
 
 
 # Batches and layouts

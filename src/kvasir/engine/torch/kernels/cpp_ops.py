@@ -18,9 +18,9 @@ from kvasir.engine.torch.kernels.torch_ops import copy_tokens
 
 MAX_HEAD_DIM = 256
 # Up to this many tokens our own kernel streams the weight faster than oneDNN multiplies (docs/decisions/0001-cpu-attention.md).
+FEW_TOKENS_PACKED = 64
 FEW_TOKENS_PLAIN = 32
-WIDE_TILE = 64
-FEW_TOKENS = {WIDE_TILE: 64, 32: 4}  # by the outputs of a tile in oneDNN's packing, which are 32 where it uses AMX
+WIDE_TILE, NARROW_TILE = 64, 32  # outputs of a tile in oneDNN's packing: 32 where it uses AMX
 WIDE_TOKENS = 16  # from so many tokens on arithmetic is what takes time, not reading the weight
 PACK_FOR_TOKENS = 512  # what oneDNN is told to expect; told of one token, it leaves float32 weights as they are
 
@@ -36,7 +36,7 @@ _SIGNATURES: dict[str, list[Any]] = {  # ctypes' own types for its argument type
         *[c_int, c_void_p, c_void_p, c_void_p, c_int, c_int],
         *[c_void_p, c_int64, c_int, c_int, c_int, c_int, c_int, c_float, c_int, c_int, c_int],
     ],
-    "kvasir_linear": [c_int, c_int, *[c_void_p] * 4, c_int, c_int, c_int, c_int],
+    "kvasir_linear": [c_int, c_int, c_int, *[c_void_p] * 4, c_int, c_int, c_int, c_int],
     "kvasir_linear_widened": [*[c_void_p] * 5, c_int, c_int, c_int, c_int],
     "kvasir_is_tiled": [c_int, c_void_p, c_void_p, c_int, c_int, c_int, c_int],
 }
@@ -164,7 +164,7 @@ class CppOps:
             widens = self._arithmetic is Arithmetic.FLOAT32 and weight.width == WIDE_TILE
             if widens and x.dtype is torch.bfloat16 and tokens >= WIDE_TOKENS:
                 return self._linear_in_float32(x, weight, bias)
-            if tokens > FEW_TOKENS.get(weight.width, 0):
+            if tokens > FEW_TOKENS_PACKED or not weight.width:
                 done: Tensor = self._linear_by_onednn(x, weight.data, bias, "none", [], "")
                 return done
             address, width, n, k = weight.address, weight.width, weight.out_features, weight.in_features
@@ -177,7 +177,7 @@ class CppOps:
         _expect(x, x.dtype, shape=(tokens, k))
         out = x.new_empty((tokens, n))
         self._linear(
-            *(_is_bf16(x.dtype), width),
+            *(_is_bf16(x.dtype), self._arithmetic is Arithmetic.AMX, width),
             *(x.data_ptr(), address, None if bias is None else bias.data_ptr(), out.data_ptr()),
             *(tokens, n, k, torch.get_num_threads()),
         )
@@ -206,7 +206,7 @@ class CppOps:
         address, plain = torch.ops.mkldnn.data_ptr(packed), weight.contiguous()
         if k % 2 and is_bf16:
             return PackedWeight(packed, n, k)
-        for width in FEW_TOKENS:
+        for width in (WIDE_TILE, NARROW_TILE):
             tile_bytes = -(-n // width) * width * k * weight.dtype.itemsize
             if torch.ops.mkldnn._nbytes(packed) == tile_bytes and self._is_tiled(
                 is_bf16, plain.data_ptr(), address, width, n, k, torch.get_num_threads()

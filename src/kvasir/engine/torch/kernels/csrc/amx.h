@@ -27,16 +27,17 @@ inline bool has_amx() {
 // Compilers do not know that a tile is loaded from memory: to be called between writing there and loading.
 inline void amx_reads(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
 
-// While it lives, the thread's tiles are 16 rows of 64 bytes. Tiles 0 to 3 are sums, the others operands.
+// While it lives, the thread's tiles are rows of 64 bytes, 16 of them; `rows` in the sums, tiles 0 to 3, and in tile 4, the
+// first operand.
 class AmxTiles {
   public:
-    AmxTiles() {
+    explicit AmxTiles(int rows = kAmxRows) {
         struct alignas(64) {
             uint8_t palette = 1, start_row = 0, reserved[14] = {};
             uint16_t row_bytes[16] = {};
             uint8_t rows[16] = {};
         } config;
-        for (int tile = 0; tile < 8; tile++) config.row_bytes[tile] = 64, config.rows[tile] = kAmxRows;
+        for (int tile = 0; tile < 8; tile++) config.row_bytes[tile] = 64, config.rows[tile] = tile < 5 ? rows : kAmxRows;
         amx_reads(&config);
         _tile_loadconfig(&config);
     }

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "amx.h"
 #include "pool.h"
 #include "vec.h"
 
@@ -18,6 +19,8 @@ constexpr int kTileOutputs = 64;  // that are computed together, be they one til
 constexpr int kTileColumns = kTileOutputs / kLanes;
 constexpr int kDepth = 32;  // units of K at a time: 8 KiB of weights stay in L1 for all rows
 constexpr int kAhead = 32;  // units of K from those in use to those asked for
+constexpr int kAmxAhead = 64;   // units of K, by AMX
+constexpr int kAmxTokens = 5;   // from so many on AMX is faster than the dot product
 constexpr int kMaxTokens = 64;
 constexpr int kPlainOutputs = 4;
 constexpr int kWideRows = 256;
@@ -104,6 +107,46 @@ template <class E> void linear_tiled(const void* x_, const void* weight_, int wi
             write_outputs<E>(sums + t * kTileOutputs, bias ? bias + first : nullptr, out + (int64_t)t * n + first, outputs);
     });
 }
+
+#if defined(KVASIR_AMX)
+constexpr int kAmxWidth = 32;
+
+// sums [rows][kTileOutputs] = x rows . weights, for C times 16 outputs. The first rows ask for weights ahead.
+template <int C> void multiply_amx(float* sums, const unit* x, const Tiled& tiled, int units, bool is_first) {
+    amx_zero<C>();
+    for (int u = 0; u < units; u += kAmxDepth / 2) {
+        const unit* columns[C];
+        UNROLL for (int c = 0; c < C; c++) columns[c] = tiled.column(c) + u * kAmxWidth;
+        for (int c = 0; is_first && c < C; c += kAmxWidth / kLanes)
+            for (int line = 0; line < kAmxDepth; line++) __builtin_prefetch(columns[c] + kAmxAhead * kAmxWidth + line * kLanes);
+        amx_multiply(x + u, units, columns, kAmxWidth);
+    }
+    amx_store_sums<C>(sums, kTileOutputs);
+}
+
+// As linear_tiled of bf16, for a weight in tiles of 32 outputs, K a multiple of 32.
+void linear_amx(const void* x_, const void* weight, const void* bias_, void* out_, int tokens, int n, int k, int threads) {
+    auto x = (const unit*)x_;
+    auto bias = (const uint16_t*)bias_;
+    auto out = (uint16_t*)out_;
+    const int units = k / 2, tiles = (n + kTileOutputs - 1) / kTileOutputs;
+    amx_reads(x_);
+    parallel_for(tiles, threads, [&](int tile) {
+        alignas(64) float sums[kMaxTokens * kTileOutputs];
+        const Tiled tiled = tiles_of(weight, kAmxWidth, units, n, tile);
+        for (int row = 0, groups = (tokens + kAmxRows - 1) / kAmxRows; row < tokens; groups--) {
+            const int size = (tokens - row + groups - 1) / groups;
+            const AmxTiles registers(size);
+            (tiled.columns == kTileColumns ? multiply_amx<4> : multiply_amx<2>)(
+                sums + row * kTileOutputs, x + (int64_t)row * units, tiled, units, row == 0);
+            row += size;
+        }
+        const int first = tile * kTileOutputs, outputs = std::min(kTileOutputs, n - first);
+        for (int t = 0; t < tokens; t++)
+            write_outputs<Bf16>(sums + t * kTileOutputs, bias ? bias + first : nullptr, out + (int64_t)t * n + first, outputs);
+    });
+}
+#endif
 
 // As linear_tiled of bf16, for any number of tokens: `wide` [tokens][K] is room for x in float32, each part of the weight is
 // widened once for many rows.
@@ -220,9 +263,13 @@ template <class E> bool is_tiled(const void* plain_, const void* tiled_, int wid
 
 using namespace kvasir;
 
-// `width`: outputs of a tile; 0 where the weight is plain.
-extern "C" void kvasir_linear(int is_bf16, int width, const void* x, const void* weight, const void* bias, void* out,
-                              int tokens, int n, int k, int threads) {
+// `width`: outputs of a tile; 0 where the weight is plain. With `uses_amx`, bf16 is multiplied by AMX where that is faster.
+extern "C" void kvasir_linear(int is_bf16, int uses_amx, int width, const void* x, const void* weight, const void* bias,
+                              void* out, int tokens, int n, int k, int threads) {
+#if defined(KVASIR_AMX)
+    if (is_bf16 && uses_amx && has_amx() && width == kAmxWidth && k % kAmxDepth == 0 && tokens >= kAmxTokens)
+        return linear_amx(x, weight, bias, out, tokens, n, k, threads);
+#endif
     if (width)
         (is_bf16 ? linear_tiled<Bf16> : linear_tiled<F32>)(x, weight, width, bias, out, tokens, n, k, threads);
     else
