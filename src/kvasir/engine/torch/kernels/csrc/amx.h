@@ -45,50 +45,57 @@ class AmxTiles {
     AmxTiles(const AmxTiles&) = delete;
 };
 
-// sums c += 16 rows x columns b[c], one tile deep. Strides are in units.
-template <int C>
+// Sums are R blocks of 16 rows by C blocks of 16 columns: 1 by 4, 1 by 2, or 2 by 2, which reads each column half as often.
+// sums += rows x columns b[c], one tile deep. Strides are in units.
+template <int R, int C>
 inline __attribute__((always_inline)) void amx_multiply(const unit* a, int64_t a_stride, const unit* const (&b)[C],
                                                         int64_t b_stride) {
+    static_assert(C == 2 || (R == 1 && C == 4));
+    const int64_t below = kAmxRows * a_stride;
     a_stride *= sizeof(unit), b_stride *= sizeof(unit);
     _tile_loadd(4, a, a_stride);
-    _tile_loadd(5, b[0], b_stride);
-    _tile_dpbf16ps(0, 4, 5);
-    _tile_loadd(6, b[1], b_stride);
-    _tile_dpbf16ps(1, 4, 6);
-    if constexpr (C > 2) {
-        _tile_loadd(7, b[2], b_stride);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_loadd(5, b[3], b_stride);
-        _tile_dpbf16ps(3, 4, 5);
+    _tile_loadd(6, b[0], b_stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b[1], b_stride);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (R == 2) {
+        _tile_loadd(5, a + below, a_stride);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    } else if constexpr (C == 4) {
+        _tile_loadd(5, b[2], b_stride);
+        _tile_dpbf16ps(2, 4, 5);
+        _tile_loadd(6, b[3], b_stride);
+        _tile_dpbf16ps(3, 4, 6);
     }
 }
 
-template <int C> inline void amx_zero() {
+template <int R, int C> inline void amx_zero() {
     _tile_zero(0);
     _tile_zero(1);
-    if constexpr (C > 2) {
+    if constexpr (R * C == 4) {
         _tile_zero(2);
         _tile_zero(3);
     }
 }
 
-// Sums from or to [16][stride] floats, column tiles beside each other.
-template <int C> inline void amx_load_sums(const float* sums, int64_t stride) {
-    stride *= sizeof(float);
-    _tile_loadd(0, sums, stride);
-    _tile_loadd(1, sums + kLanes, stride);
-    if constexpr (C > 2) {
-        _tile_loadd(2, sums + 2 * kLanes, stride);
-        _tile_loadd(3, sums + 3 * kLanes, stride);
+// Of the sums 2 and 3, the first float in [16 * R][stride].
+template <int R> inline int64_t amx_second(int64_t stride) { return R == 2 ? kAmxRows * stride : 2 * kLanes; }
+
+template <int R, int C> inline void amx_load_sums(const float* sums, int64_t stride) {
+    _tile_loadd(0, sums, stride * sizeof(float));
+    _tile_loadd(1, sums + kLanes, stride * sizeof(float));
+    if constexpr (R * C == 4) {
+        _tile_loadd(2, sums + amx_second<R>(stride), stride * sizeof(float));
+        _tile_loadd(3, sums + amx_second<R>(stride) + kLanes, stride * sizeof(float));
     }
 }
-template <int C> inline void amx_store_sums(float* sums, int64_t stride) {
-    stride *= sizeof(float);
-    _tile_stored(0, sums, stride);
-    _tile_stored(1, sums + kLanes, stride);
-    if constexpr (C > 2) {
-        _tile_stored(2, sums + 2 * kLanes, stride);
-        _tile_stored(3, sums + 3 * kLanes, stride);
+template <int R, int C> inline void amx_store_sums(float* sums, int64_t stride) {
+    _tile_stored(0, sums, stride * sizeof(float));
+    _tile_stored(1, sums + kLanes, stride * sizeof(float));
+    if constexpr (R * C == 4) {
+        _tile_stored(2, sums + amx_second<R>(stride), stride * sizeof(float));
+        _tile_stored(3, sums + amx_second<R>(stride) + kLanes, stride * sizeof(float));
     }
 }
 

@@ -61,9 +61,9 @@ struct Wide : F32 {
     static constexpr int exp2_degree = Bf16::exp2_degree;
 };
 
-// bf16 by AMX, 16 rows at a time.
+// bf16 by AMX, 32 rows at a time.
 struct Amx : Bf16 {};
-template <class E> constexpr int kRowsAtOnce = std::is_same_v<E, Amx> ? kAmxRows : kMaxRows;
+template <class E> constexpr int kRowsAtOnce = std::is_same_v<E, Amx> ? 2 * kAmxRows : kMaxRows;
 
 // A tile of keys and values in float32: 16 tokens of all dimensions, [dim][16] of keys and [16][dim] of values, after another.
 struct Widened {
@@ -120,8 +120,14 @@ inline void hide(float* row, int columns, int low, int high) {
 template <class E> float weigh_row(const float* row, int columns, float scale, unit* weights_,
                                    Running& running) {
     auto weights = (typename E::scalar*)weights_;
-    vf top = load<vf>(row);
-    for (int c = 1; c < columns; c++) top = max(top, load<vf>(row + c * kLanes));
+    constexpr int kChains = 4;  // a maximum has to wait for the one before
+    vf tops[kChains];
+    UNROLL for (int i = 0; i < kChains; i++) tops[i] = load<vf>(row + std::min(i, columns - 1) * kLanes);
+    int done = kChains;
+    for (; done + kChains <= columns; done += kChains)
+        UNROLL for (int i = 0; i < kChains; i++) tops[i] = max(tops[i], load<vf>(row + (done + i) * kLanes));
+    for (; done < columns; done++) tops[0] = max(tops[0], load<vf>(row + done * kLanes));
+    const vf top = max(max(tops[0], tops[1]), max(tops[2], tops[3]));
     const float new_max = std::max(running.max, max_of(top) * scale);
     const float reference = new_max < kNoKeyYet ? 0.0f : new_max;
     vf sum = {};
@@ -200,35 +206,37 @@ template <class E, int R> void attend_rows(Scratch<E>& s, const Shape& shape, co
 }
 
 #if defined(KVASIR_AMX)
-// As score_rows. Scores of columns beyond are written, too, and mean nothing.
-void score_amx(Scratch<Amx>& s, const Shape& shape, const unit* queries, int columns) {
+// As score_rows, of R times 16 rows. Scores of columns beyond are written, too, and mean nothing.
+template <int R> void score_amx(Scratch<Amx>& s, const Shape& shape, const unit* queries, int columns) {
+    constexpr int C = 4 / R;
     amx_reads(queries);
-    for (int column = 0; column < columns; column += 4) {
-        amx_zero<4>();
+    for (int column = 0; column < columns; column += C) {
+        amx_zero<R, C>();
         for (int u = 0; u < shape.kv.head_dim / 2; u += kAmxDepth / 2) {
-            const unit* keys[4];
-            UNROLL for (int c = 0; c < 4; c++)
+            const unit* keys[C];
+            UNROLL for (int c = 0; c < C; c++)
                 keys[c] = s.keys[std::min(column + c, columns - 1)] + (int64_t)u * s.key_stride;
-            amx_multiply(queries + u, Scratch<Amx>::kQueryStride, keys, s.key_stride);
+            amx_multiply<R, C>(queries + u, Scratch<Amx>::kQueryStride, keys, s.key_stride);
         }
-        amx_store_sums<4>(s.scores + column * kLanes, kTileKeys);
+        amx_store_sums<R, C>(s.scores + column * kLanes, kTileKeys);
     }
 }
 
 // sums += weights . V for C times 16 dimensions; `last` are the values of the last tokens, where they are no whole tile.
-template <int C> void mix_dims(Scratch<Amx>& s, const Shape& shape, float* out, int first, int tokens, const unit* last) {
-    amx_load_sums<C>(out + first, kMaxHeadDim);
+template <int R, int C> void mix_dims(Scratch<Amx>& s, const Shape& shape, float* out, int first, int tokens,
+                                      const unit* last) {
+    amx_load_sums<R, C>(out + first, kMaxHeadDim);
     for (int t = 0; t < tokens; t += kAmxDepth) {
         const unit* from = (t + kAmxDepth <= tokens ? s.values[t / kLanes] : last) + first;
         const unit* values[C];
         UNROLL for (int c = 0; c < C; c++) values[c] = from + c * kLanes;
-        amx_multiply(s.weights + t / 2, Scratch<Amx>::kWeightStride, values, shape.kv.head_dim);
+        amx_multiply<R, C>(s.weights + t / 2, Scratch<Amx>::kWeightStride, values, shape.kv.head_dim);
     }
-    amx_store_sums<C>(out + first, kMaxHeadDim);
+    amx_store_sums<R, C>(out + first, kMaxHeadDim);
 }
 
-// As mix_rows.
-void mix_amx(Scratch<Amx>& s, const Shape& shape, float* out, int size, const float* shrink, int tokens) {
+// As mix_rows, of R times 16 rows, `size` of which exist.
+template <int R> void mix_amx(Scratch<Amx>& s, const Shape& shape, float* out, int size, const float* shrink, int tokens) {
     const int dim = shape.kv.head_dim;
     for (int r = 0; r < size; r++)
         if (shrink[r] != 1.0f)
@@ -246,19 +254,21 @@ void mix_amx(Scratch<Amx>& s, const Shape& shape, float* out, int size, const fl
                 memset(s.weights + r * Scratch<Amx>::kWeightStride + (column + 1) * kLanes / 2, 0, kLanes / 2 * sizeof(unit));
     }
     amx_reads(last);
+    constexpr int C = 4 / R;
     int first = 0;
-    for (; first + 4 * kLanes <= dim; first += 4 * kLanes) mix_dims<4>(s, shape, out, first, tokens, last);
-    if (first < dim) mix_dims<2>(s, shape, out, first, tokens, last);
+    for (; first + C * kLanes <= dim; first += C * kLanes) mix_dims<R, C>(s, shape, out, first, tokens, last);
+    if (first < dim) mix_dims<R, 2>(s, shape, out, first, tokens, last);
 }
 
-// Up to 16 rows from `row` on. The tile registers hold 16; what they compute for rows that do not exist is not used.
-void attend_amx(Scratch<Amx>& s, const Shape& shape, const Item& item, int row, int size, int start, int num_keys) {
+// Up to R times 16 rows from `row` on. What is computed for rows that do not exist is not used.
+template <int R> void attend_amx(Scratch<Amx>& s, const Shape& shape, const Item& item, int row, int size, int start,
+                                 int num_keys) {
     num_keys = keys_seen(item, row, size, start, num_keys);
     if (num_keys <= 0) return;
-    score_amx(s, shape, s.queries + row * Scratch<Amx>::kQueryStride, (num_keys + kLanes - 1) / kLanes);
-    float shrink[kAmxRows];
+    score_amx<R>(s, shape, s.queries + row * Scratch<Amx>::kQueryStride, (num_keys + kLanes - 1) / kLanes);
+    float shrink[R * kAmxRows];
     weigh_rows(s, shape, item, row, size, start, num_keys, shrink);
-    mix_amx(s, shape, s.out + row * kMaxHeadDim, size, shrink, num_keys);
+    mix_amx<R>(s, shape, s.out + row * kMaxHeadDim, size, shrink, num_keys);
 }
 #endif
 
@@ -326,8 +336,10 @@ template <class S, class E> void attend(Scratch<E>& s, const Shape& shape, const
 #if defined(KVASIR_AMX)
         if constexpr (std::is_same_v<E, Amx>) {
             const AmxTiles tiles;
-            for (int row = 0; row < rows; row += kAmxRows)
-                attend_amx(s, shape, item, row, std::min(kAmxRows, rows - row), start, num_keys);
+            for (int row = 0; row < rows; row += 2 * kAmxRows) {
+                const int size = std::min(2 * kAmxRows, rows - row);
+                (size > kAmxRows ? attend_amx<2> : attend_amx<1>)(s, shape, item, row, size, start, num_keys);
+            }
             continue;
         }
 #endif

@@ -113,15 +113,15 @@ constexpr int kAmxWidth = 32;
 
 // sums [rows][kTileOutputs] = x rows . weights, for C times 16 outputs. The first rows ask for weights ahead.
 template <int C> void multiply_amx(float* sums, const unit* x, const Tiled& tiled, int units, bool is_first) {
-    amx_zero<C>();
+    amx_zero<1, C>();
     for (int u = 0; u < units; u += kAmxDepth / 2) {
         const unit* columns[C];
         UNROLL for (int c = 0; c < C; c++) columns[c] = tiled.column(c) + u * kAmxWidth;
         for (int c = 0; is_first && c < C; c += kAmxWidth / kLanes)
             for (int line = 0; line < kAmxDepth; line++) __builtin_prefetch(columns[c] + kAmxAhead * kAmxWidth + line * kLanes);
-        amx_multiply(x + u, units, columns, kAmxWidth);
+        amx_multiply<1, C>(x + u, units, columns, kAmxWidth);
     }
-    amx_store_sums<C>(sums, kTileOutputs);
+    amx_store_sums<1, C>(sums, kTileOutputs);
 }
 
 // As linear_tiled of bf16, for a weight in tiles of 32 outputs, K a multiple of 32.
