@@ -46,11 +46,11 @@ class Calibration:
     def saw(self, prefill_s: float, decode_s: float, seconds: float) -> None:
         """A step took `seconds`; the scaled costs said `prefill_s` for its chunks and `decode_s` for its decode batch."""
         expected_s = prefill_s + decode_s
-        if not expected_s > 0.0 or not 0.0 < seconds < math.inf:
-            return
-        seconds = min(max(seconds, expected_s / OUTLIER), expected_s * OUTLIER)
         prefill, decode = prefill_s / self._costs.prefill_scale, decode_s / self._costs.decode_scale
         predicted_s = prefill + decode
+        if not predicted_s > 0.0 or not 0.0 < seconds < math.inf:
+            return
+        seconds = min(max(seconds, expected_s / OUTLIER), expected_s * OUTLIER)
         prefill, decode, ratio = prefill / predicted_s, decode / predicted_s, seconds / predicted_s
         keep = math.exp(-seconds / MEMORY_S)
         self._prefill = keep * self._prefill + seconds * prefill * prefill
