@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import resource
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kvasir.cli.simulating import simulating
 from kvasir.core.request import Role, Slo
 from kvasir.costs.roofline import reference_cost
 from kvasir.scheduling.strategy import strategy
@@ -55,17 +55,16 @@ def timed(trace: Trace, policy: str, rounds: int) -> tuple[Run, float]:
     config = SimConfig(layerwise=False)
     best_s = float("inf")
     for _ in range(rounds):
-        gc.collect()  # a finished simulation is one big cycle
-        start_s = time.process_time()
-        run = simulate(trace, paper_cluster(), chosen, slo=Slo(), config=config)
-        best_s = min(best_s, time.process_time() - start_s)
+        with simulating():
+            start_s = time.process_time()
+            run = simulate(trace, paper_cluster(), chosen, slo=Slo(), config=config)
+            best_s = min(best_s, time.process_time() - start_s)
     return run, best_s
 
 
 def main() -> None:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     trace = read_trace(path.read_bytes().splitlines()) if path else conversation(np.random.default_rng(0))
-    gc.disable()
     rows = {}
     for policy, (hits, prefill_s, ttft_s) in REFERENCE.items():
         run, seconds = timed(trace, policy, rounds=3)

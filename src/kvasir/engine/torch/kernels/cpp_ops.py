@@ -202,8 +202,9 @@ class CppOps:
         is_bf16 = _is_bf16(weight.dtype)
         if is_bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return weight
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACK_FOR_TOKENS)
-        address, plain = torch.ops.mkldnn.data_ptr(packed), weight.contiguous()
+        plain = weight.detach().contiguous()
+        packed = torch.ops.mkldnn._reorder_linear_weight(plain, PACK_FOR_TOKENS)
+        address = torch.ops.mkldnn.data_ptr(packed)
         if k % 2 and is_bf16:
             return PackedWeight(packed, n, k)
         for width in (WIDE_TILE, NARROW_TILE):

@@ -79,6 +79,14 @@ template <class E> void write_outputs(const float* sums, const typename E::scala
     for (; i < n; i++) out[i] = E::narrow(sums[i] + (bias ? E::widen(bias[i]) : 0.0f));
 }
 
+// A group's sums, [rows][kTileOutputs], to its columns of out [rows][n].
+template <class E> void write_group(const float* sums, const typename E::scalar* bias, typename E::scalar* out, int rows, int n,
+                                    int group) {
+    const int first = group * kTileOutputs, outputs = std::min(kTileOutputs, n - first);
+    for (int r = 0; r < rows; r++)
+        write_outputs<E>(sums + r * kTileOutputs, bias ? bias + first : nullptr, out + (int64_t)r * n + first, outputs);
+}
+
 // Outputs [64 * group, 64 * group + 64) of a weight that is `units` deep.
 inline Tiled tiles_of(const void* weight, int width, int units, int n, int group) {
     const int64_t tile_units = (int64_t)units * width;
@@ -102,9 +110,7 @@ template <class E> void linear_tiled(const void* x_, const void* weight_, int wi
             const int size = std::min(kDepth, units - depth);
             multiply_rows<E>(sums, x + depth, units, tiled.deeper(depth), tokens, size, kAhead, kDepth);
         }
-        const int first = tile * kTileOutputs, outputs = std::min(kTileOutputs, n - first);
-        for (int t = 0; t < tokens; t++)
-            write_outputs<E>(sums + t * kTileOutputs, bias ? bias + first : nullptr, out + (int64_t)t * n + first, outputs);
+        write_group<E>(sums, bias, out, tokens, n, tile);
     });
 }
 
@@ -113,13 +119,14 @@ constexpr int kAmxWidth = 32;
 
 // sums [rows][kTileOutputs] = x rows . weights, for C times 16 outputs. The first rows ask for weights ahead.
 template <int C> void multiply_amx(float* sums, const unit* x, const Tiled& tiled, int units, bool is_first) {
+    const unit* columns[C];
+    UNROLL for (int c = 0; c < C; c++) columns[c] = tiled.column(c);
     amx_zero<1, C>();
     for (int u = 0; u < units; u += kAmxDepth / 2) {
-        const unit* columns[C];
-        UNROLL for (int c = 0; c < C; c++) columns[c] = tiled.column(c) + u * kAmxWidth;
         for (int c = 0; is_first && c < C; c += kAmxWidth / kLanes)
             for (int line = 0; line < kAmxDepth; line++) __builtin_prefetch(columns[c] + kAmxAhead * kAmxWidth + line * kLanes);
         amx_multiply<1, C>(x + u, units, columns, kAmxWidth);
+        UNROLL for (int c = 0; c < C; c++) columns[c] += kAmxDepth / 2 * kAmxWidth;
     }
     amx_store_sums<1, C>(sums, kTileOutputs);
 }
@@ -141,9 +148,7 @@ void linear_amx(const void* x_, const void* weight, const void* bias_, void* out
                 sums + row * kTileOutputs, x + (int64_t)row * units, tiled, units, row == 0);
             row += size;
         }
-        const int first = tile * kTileOutputs, outputs = std::min(kTileOutputs, n - first);
-        for (int t = 0; t < tokens; t++)
-            write_outputs<Bf16>(sums + t * kTileOutputs, bias ? bias + first : nullptr, out + (int64_t)t * n + first, outputs);
+        write_group<Bf16>(sums, bias, out, tokens, n, tile);
     });
 }
 #endif
@@ -184,10 +189,7 @@ void linear_widened(const void* x_, float* wide, const void* weight_, const void
             const Tiled part{(const unit*)s.part, 0, kTileOutputs, kTileColumns};
             multiply_rows<F32>(s.sums, x + (int64_t)begin * k + 2 * depth, k, part, rows, 2 * size, 0, 0);
         }
-        const int first = tile * kTileOutputs, outputs = std::min(kTileOutputs, n - first);
-        for (int t = 0; t < rows; t++)
-            write_outputs<Bf16>(s.sums + t * kTileOutputs, bias ? bias + first : nullptr,
-                                out + (int64_t)(begin + t) * n + first, outputs);
+        write_group<Bf16>(s.sums, bias, out + (int64_t)begin * n, rows, n, tile);
     });
 }
 
